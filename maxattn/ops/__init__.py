@@ -1,0 +1,1 @@
+"""The operator: its meaning, its backends and the choice among them."""

@@ -1,0 +1,67 @@
+"""The backends there are, by name. Filled at first use by a loader from a layer above, which knows of plugins."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from maxattn.ops.contract import Backend
+
+BACKENDS: dict[str, Backend] = {}
+"""Every registered backend. Read it through `backends()`, which fills it first."""
+
+_lock = threading.Lock()
+_on_change: list[Callable[[], None]] = []
+_loader: Callable[[], Mapping[str, Backend]] | None = None
+
+
+def load_with(loader: Callable[[], Mapping[str, Backend]]) -> None:
+    """Have the registry filled by `loader` when a backend is first asked for."""
+    global _loader
+    _loader = loader
+
+
+def on_change(callback: Callable[[], None]) -> None:
+    """Call `callback` whenever the set of backends has changed, for whoever caches a choice among them."""
+    _on_change.append(callback)
+
+
+def backends() -> Mapping[str, Backend]:
+    """The registered backends by name."""
+    global _loader
+    if _loader is not None:
+        with _lock:
+            if _loader is not None:
+                BACKENDS.update(_loader())
+                _loader = None
+    return BACKENDS
+
+
+@contextmanager
+def registered(backend: Backend) -> Iterator[Backend]:
+    """Have `backend` registered within a `with` block, in place of one of the same name: for trying and testing one.
+
+    Example:
+        >>> from maxattn.ops.naive import Naive
+        >>> class Mine(Naive):
+        ...     name = "mine"
+        >>> with registered(Mine()):
+        ...     "mine" in backends()
+        True
+    """
+    before = backends().get(backend.name)
+    BACKENDS[backend.name] = backend
+    _changed()
+    try:
+        yield backend
+    finally:
+        del BACKENDS[backend.name]
+        if before is not None:
+            BACKENDS[backend.name] = before
+        _changed()
+
+
+def _changed() -> None:
+    for callback in _on_change:
+        callback()

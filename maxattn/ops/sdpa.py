@@ -1,0 +1,84 @@
+"""`sdpa`, the default: windows through PyTorch's `scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from maxattn.ops import windows
+from maxattn.ops.contract import Backend, Capabilities, Problem, Reason
+
+LARGEST_BATCH = 65_535
+"""CUDA kernels put the batch on a grid axis of 16 bits: more windows than this fail or are declined silently."""
+
+
+class Sdpa(Backend):
+    """Partition, one call of PyTorch's kernel per size of group, merge. The bias is broadcast over the windows."""
+
+    name = "sdpa"
+    capabilities = Capabilities()
+
+    def unsupported(self, problem: Problem) -> Sequence[Reason]:
+        if problem.exporting and None in (problem.height, problem.width):
+            hint = "export a fixed height and width; the batch may be dynamic"
+            return [Reason("dynamic_size", "an exported graph cannot hold every way to cut an image", hint)]
+        return ()
+
+    def kernel(self, problem: Problem) -> str:
+        if _needs_math(problem):
+            return "math"
+        if problem.device != "cpu" and not getattr(torch, problem.device).is_available():
+            return "unknown: no such device here"
+        q = torch.empty(
+            1,
+            problem.heads,
+            problem.tokens,
+            problem.head_dim,
+            dtype=problem.dtype,
+            device=problem.device,
+            requires_grad=problem.requires_grad,
+        )
+        mask = None
+        if problem.bias is not None:
+            mask = q.new_empty(1, problem.heads, problem.tokens, problem.tokens, requires_grad=problem.bias_requires_grad)
+        with torch.set_grad_enabled(problem.differentiated):
+            choice = torch._fused_sdp_choice(q, q, q, mask, problem.dropout_p, scale=problem.softmax_scale)
+        return SDPBackend(choice).name.lower().removesuffix("_attention")
+
+    def attend(self, qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+        def attend_windows(tokens: Tensor, corner: Tensor | None) -> Tensor:
+            return _attend_windows(tokens, corner, problem)
+
+        with _inner_kernel(problem):
+            return windows.for_each_size(qkv, bias, problem.window, problem.axis, attend_windows)
+
+
+def _attend_windows(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    """Attention within each of `qkv (windows, tokens, 3, heads, head_dim)`; returns `(windows, tokens, heads, d)`."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    mask = None
+    if bias is not None:
+        mask = (bias if problem.device == "cpu" else bias.to(qkv.dtype)).unsqueeze(0)
+    scale = problem.softmax_scale
+    if problem.device == "cpu" or problem.exporting or q.shape[0] <= LARGEST_BATCH:
+        return F.scaled_dot_product_attention(q, k, v, mask, problem.dropout_p, scale=scale).transpose(1, 2)
+    chunks = zip(*(x.split(LARGEST_BATCH) for x in (q, k, v)), strict=True)
+    out = [F.scaled_dot_product_attention(*chunk, mask, problem.dropout_p, scale=scale) for chunk in chunks]
+    return torch.cat(out).transpose(1, 2)
+
+
+def _needs_math(problem: Problem) -> bool:
+    """The fused CUDA kernels sum the bias gradient in no fixed order, and fail where only the bias needs one."""
+    if problem.device != "cuda":
+        return False
+    only_bias = problem.bias_requires_grad and not problem.requires_grad
+    return only_bias or (problem.deterministic and problem.differentiated)
+
+
+def _inner_kernel(problem: Problem) -> AbstractContextManager[None]:
+    return sdpa_kernel(SDPBackend.MATH) if _needs_math(problem) else nullcontext()

@@ -1,0 +1,146 @@
+"""Finding plugins: each is loaded under guard, so that a broken one is reported and cannot stop the others."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import traceback
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from maxattn import core_plugin, hookspecs
+from maxattn.ops import registry
+from maxattn.ops.contract import API_VERSION, Backend, Capabilities
+
+GROUP = "maxattn"
+ALLOWLIST_VARIABLE = "MAXATTN_PLUGINS"
+log = logging.getLogger("maxattn")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One installed plugin and how loading it went; `failure` is empty if it went well."""
+
+    name: str
+    distribution: str
+    version: str
+    backends: tuple[str, ...] = ()
+    failure: str = ""
+    traceback: str = ""
+
+
+class PluginError(Exception):
+    """A plugin that loads but does not keep to the contract."""
+
+
+@dataclass
+class Loaded:
+    """Everything that was found: the plugins, well or not, and the backends of those that are well."""
+
+    plugins: list[Plugin] = field(default_factory=list)
+    backends: dict[str, Backend] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
+
+
+@cache
+def load() -> Loaded:
+    """Load the core's backends, then every allowed plugin in the order of their names; once per process."""
+    loaded = Loaded()
+    _load_one(loaded, "core", "maxattn", _own_version(), lambda: core_plugin)
+    allowed = _allowlist()
+    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, _distribution(point))):
+        version = point.dist.version if point.dist else "?"
+        if allowed is not None and point.name not in allowed:
+            skipped = f"not loaded: {ALLOWLIST_VARIABLE} does not name it"
+            loaded.plugins.append(Plugin(point.name, _distribution(point), version, failure=skipped))
+            continue
+        _load_one(loaded, point.name, _distribution(point), version, point.load)
+    return loaded
+
+
+def _load_one(loaded: Loaded, name: str, distribution: str, version: str, load_object: Any) -> None:
+    try:
+        backends = _backends_of(name, load_object())
+        for backend in backends:
+            if backend.name in loaded.backends:
+                raise PluginError(
+                    f"backend {backend.name!r} is provided by two distributions, {loaded.owners[backend.name]} and "
+                    f"{distribution}: uninstall one, or leave one out of {ALLOWLIST_VARIABLE}"
+                )
+    except (Exception, SystemExit) as error:
+        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        log.warning("plugin %s of %s is installed but failed: %s", name, distribution, failure)
+        loaded.plugins.append(
+            Plugin(name, distribution, version, failure=failure, traceback="".join(traceback.format_exception(error)))
+        )
+        return
+    for backend in backends:
+        loaded.backends[backend.name] = backend
+        loaded.owners[backend.name] = distribution
+    loaded.plugins.append(Plugin(name, distribution, version, tuple(backend.name for backend in backends)))
+
+
+def _backends_of(name: str, plugin: ModuleType | object) -> list[Backend]:
+    """Call the plugin's hook through a manager of its own, so that what it gives or breaks is its own."""
+    manager = pluggy.PluginManager("maxattn")
+    manager.add_hookspecs(hookspecs)
+    _check_signatures(plugin)
+    manager.register(plugin, name)
+    manager.check_pending()
+    backends = [backend for given in manager.hook.maxattn_backends() for backend in given]
+    names = [_checked(backend).name for backend in backends]
+    twice = {backend for backend in names if names.count(backend) > 1}
+    if twice:
+        raise PluginError(f"backend {min(twice)!r} is given twice by the same plugin")
+    return backends
+
+
+def _check_signatures(plugin: ModuleType | object) -> None:
+    for attribute in dir(plugin):
+        implementation = getattr(plugin, attribute)
+        if attribute.startswith("maxattn_") and callable(implementation):
+            for parameter in inspect.signature(implementation).parameters.values():
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    raise PluginError(f"hook {attribute} takes **{parameter.name}: name the arguments it uses instead")
+
+
+def _checked(backend: object) -> Backend:
+    if not isinstance(backend, Backend):
+        raise PluginError(f"maxattn_backends must return instances of maxattn.Backend, not {backend!r}")
+    name = getattr(backend, "name", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise PluginError(f"a backend's name must be an identifier, not {name!r}")
+    if not isinstance(backend.capabilities, Capabilities):
+        raise PluginError(f"backend {name!r}: capabilities must be maxattn.Capabilities, not {backend.capabilities!r}")
+    if backend.api_version[0] != API_VERSION[0]:
+        seen, ours = (".".join(map(str, version)) for version in (backend.api_version, API_VERSION))
+        raise PluginError(f"backend {name!r} is written for plugin API {seen}, this maxattn has {ours}")
+    parameters = inspect.signature(backend.attend).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        raise PluginError(f"backend {name!r}: attend takes **kwargs; its arguments are qkv, bias, problem")
+    return backend
+
+
+def _allowlist() -> frozenset[str] | None:
+    """The plugin names `MAXATTN_PLUGINS` allows; None if it is not set, which allows all. The core's is no plugin."""
+    names = os.environ.get(ALLOWLIST_VARIABLE)
+    return None if names is None else frozenset(name.strip() for name in names.split(",") if name.strip())
+
+
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else "?"
+
+
+def _own_version() -> str:
+    from maxattn import __version__
+
+    return __version__
+
+
+registry.load_with(lambda: load().backends)
