@@ -6,11 +6,10 @@ import inspect
 import logging
 import os
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from types import ModuleType
-from typing import Any
 
 import pluggy
 
@@ -54,17 +53,25 @@ def load() -> Loaded:
     loaded = Loaded()
     _load_one(loaded, "core", "maxattn", _own_version(), lambda: core_plugin)
     allowed = _allowlist()
-    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, _distribution(point))):
-        version = point.dist.version if point.dist else "?"
+    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
+        distribution, version = _origin(point)
         if allowed is not None and point.name not in allowed:
             skipped = f"not loaded: {ALLOWLIST_VARIABLE} does not name it"
-            loaded.plugins.append(Plugin(point.name, _distribution(point), version, failure=skipped))
+            loaded.plugins.append(Plugin(point.name, distribution, version, failure=skipped))
             continue
-        _load_one(loaded, point.name, _distribution(point), version, point.load)
+        _load_one(loaded, point.name, distribution, version, point.load)
     return loaded
 
 
-def _load_one(loaded: Loaded, name: str, distribution: str, version: str, load_object: Any) -> None:
+def _origin(point: EntryPoint) -> tuple[str, str]:
+    """The name and the version of the distribution; "?" where an interrupted installation left no metadata."""
+    try:
+        return (point.dist.name or "?", point.dist.version or "?") if point.dist else ("?", "?")
+    except Exception:
+        return "?", "?"
+
+
+def _load_one(loaded: Loaded, name: str, distribution: str, version: str, load_object: Callable[[], object]) -> None:
     try:
         backends = _backends_of(name, load_object())
         for backend in backends:
@@ -86,11 +93,11 @@ def _load_one(loaded: Loaded, name: str, distribution: str, version: str, load_o
     loaded.plugins.append(Plugin(name, distribution, version, tuple(backend.name for backend in backends)))
 
 
-def _backends_of(name: str, plugin: ModuleType | object) -> list[Backend]:
+def _backends_of(name: str, plugin: object) -> list[Backend]:
     """Call the plugin's hook through a manager of its own, so that what it gives or breaks is its own."""
     manager = pluggy.PluginManager("maxattn")
     manager.add_hookspecs(hookspecs)
-    _check_signatures(plugin)
+    _check_hooks(plugin)
     manager.register(plugin, name)
     manager.check_pending()
     backends = [backend for given in manager.hook.maxattn_backends() for backend in given]
@@ -101,10 +108,12 @@ def _backends_of(name: str, plugin: ModuleType | object) -> list[Backend]:
     return backends
 
 
-def _check_signatures(plugin: ModuleType | object) -> None:
+def _check_hooks(plugin: object) -> None:
     for attribute in dir(plugin):
         implementation = getattr(plugin, attribute)
         if attribute.startswith("maxattn_") and callable(implementation):
+            if not hasattr(implementation, "maxattn_impl"):
+                raise PluginError(f"hook {attribute} is not marked: put @maxattn.hookspecs.hookimpl above it")
             for parameter in inspect.signature(implementation).parameters.values():
                 if parameter.kind is parameter.VAR_KEYWORD:
                     raise PluginError(f"hook {attribute} takes **{parameter.name}: name the arguments it uses instead")
@@ -131,10 +140,6 @@ def _allowlist() -> frozenset[str] | None:
     """The plugin names `MAXATTN_PLUGINS` allows; None if it is not set, which allows all. The core's is no plugin."""
     names = os.environ.get(ALLOWLIST_VARIABLE)
     return None if names is None else frozenset(name.strip() for name in names.split(",") if name.strip())
-
-
-def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else "?"
 
 
 def _own_version() -> str:

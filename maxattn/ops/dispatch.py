@@ -6,10 +6,10 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cache
 from types import TracebackType
 
 import torch
@@ -73,10 +73,10 @@ class _TracedOverride(threading.local):
     """The override as a compiler sees it: it can guard on a thread-local, so code recompiles, not on a ContextVar."""
 
     def __init__(self) -> None:
-        self.names: str | None = None
+        self.stack: tuple[str | None, ...] = (None,)
 
 
-_override: ContextVar[str | None] = ContextVar("maxattn_backend", default=None)
+_override: ContextVar[tuple[str | None, ...]] = ContextVar("maxattn_backend", default=(None,))
 _traced_override = _TracedOverride()
 
 
@@ -103,27 +103,26 @@ class use_backend:  # noqa: N801 - used as a function
         self._names = names
 
     def __enter__(self) -> None:
-        self._outer = _traced_override.names
-        _traced_override.names = self._names
+        _traced_override.stack = (*_traced_override.stack, self._names)
         if not torch.compiler.is_compiling():
-            self._token: Token[str | None] = _override.set(self._names)
+            _override.set((*_override.get(), self._names))
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _traced_override.names = self._outer
+        _traced_override.stack = _traced_override.stack[:-1]
         if not torch.compiler.is_compiling():
-            _override.reset(self._token)
+            _override.set(_override.get()[:-1])
 
 
 def eager_override() -> tuple[str | None, str | None]:
     """What `use_backend` and the environment ask for now."""
-    return _override.get(), os.environ.get(ENVIRONMENT_VARIABLE)
+    return _override.get()[-1], os.environ.get(ENVIRONMENT_VARIABLE)
 
 
 def traced_override() -> str | None:
     """What `use_backend` asks for, read in a way that a compiler can trace and guard on."""
-    return _traced_override.names or None
+    return _traced_override.stack[-1]
 
 
 def choose(problem: Problem, argument: str | None, context: str | None, environment: str | None) -> Backend:
@@ -165,7 +164,7 @@ def _explain(problem: Problem, argument: str | None, context: str | None, enviro
         log.warning("%s: %s", asked_by, candidate.reasons[0])
     pool = [answers[name] for name in asked_for if name in answers] if asked_for else ranked
     chosen = next((answer.name for answer in pool if answer.able), None)
-    kernel = known[chosen].kernel(problem) if chosen else ""
+    kernel = _kernel(known[chosen], problem) if chosen else ""
     return Explanation(problem, chosen, kernel, asked_by, asked_for, (*ranked, *unknown))
 
 
@@ -198,6 +197,13 @@ def _answer(backend: Backend, problem: Problem) -> Candidate:
     return Candidate(backend.name, tuple(reasons), speed)
 
 
+def _kernel(backend: Backend, problem: Problem) -> str:
+    try:
+        return backend.kernel(problem)
+    except Exception as error:
+        return f"unknown, {type(error).__name__}: {error}"
+
+
 def _unknown(name: str, known: Sequence[str]) -> Reason:
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
@@ -219,11 +225,10 @@ def _unavailable(explanation: Explanation) -> BackendUnavailableError:
     return BackendUnavailableError("\n".join(lines), explanation.problem, {name: reasons[name] for name in asked})
 
 
-@lru_cache(maxsize=None)
+@cache
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
     """The compute capability of an NVIDIA GPU, else None."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return major, minor
-

@@ -11,9 +11,10 @@ from maxattn.ops.contract import Backend
 BACKENDS: dict[str, Backend] = {}
 """Every registered backend. Read it through `backends()`, which fills it first."""
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _on_change: list[Callable[[], None]] = []
 _loader: Callable[[], Mapping[str, Backend]] | None = None
+_loading = False
 
 
 def load_with(loader: Callable[[], Mapping[str, Backend]]) -> None:
@@ -29,12 +30,16 @@ def on_change(callback: Callable[[], None]) -> None:
 
 def backends() -> Mapping[str, Backend]:
     """The registered backends by name."""
-    global _loader
+    global _loader, _loading
     if _loader is not None:
         with _lock:
-            if _loader is not None:
-                BACKENDS.update(_loader())
-                _loader = None
+            if _loader is not None and not _loading:  # a plugin may ask while it is being loaded itself
+                _loading = True
+                try:
+                    BACKENDS.update(_loader())
+                    _loader = None
+                finally:
+                    _loading = False
     return BACKENDS
 
 

@@ -32,8 +32,8 @@ class Sdpa(Backend):
     def kernel(self, problem: Problem) -> str:
         if _needs_math(problem):
             return "math"
-        if problem.device != "cpu" and not getattr(torch, problem.device).is_available():
-            return "unknown: no such device here"
+        if problem.device != "cpu" and not (problem.device == "cuda" and torch.cuda.is_available()):
+            return "decided by PyTorch"
         q = torch.empty(
             1,
             problem.heads,
@@ -45,7 +45,9 @@ class Sdpa(Backend):
         )
         mask = None
         if problem.bias is not None:
-            mask = q.new_empty(1, problem.heads, problem.tokens, problem.tokens, requires_grad=problem.bias_requires_grad)
+            mask = q.new_empty(
+                1, problem.heads, problem.tokens, problem.tokens, requires_grad=problem.bias_requires_grad
+            )
         with torch.set_grad_enabled(problem.differentiated):
             choice = torch._fused_sdp_choice(q, q, q, mask, problem.dropout_p, scale=problem.softmax_scale)
         return SDPBackend(choice).name.lower().removesuffix("_attention")
@@ -63,12 +65,14 @@ def _attend_windows(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tenso
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     mask = None
     if bias is not None:
-        mask = (bias if problem.device == "cpu" else bias.to(qkv.dtype)).unsqueeze(0)
+        # Fused CUDA kernels want the bias in the dtype of q; those of the CPU take it in the precision of the softmax.
+        dtype = torch.promote_types(qkv.dtype, torch.float32) if problem.device == "cpu" else qkv.dtype
+        mask = bias.to(dtype).unsqueeze(0)
     scale = problem.softmax_scale
     if problem.device == "cpu" or problem.exporting or q.shape[0] <= LARGEST_BATCH:
         return F.scaled_dot_product_attention(q, k, v, mask, problem.dropout_p, scale=scale).transpose(1, 2)
-    chunks = zip(*(x.split(LARGEST_BATCH) for x in (q, k, v)), strict=True)
-    out = [F.scaled_dot_product_attention(*chunk, mask, problem.dropout_p, scale=scale) for chunk in chunks]
+    chunks = zip(q.split(LARGEST_BATCH), k.split(LARGEST_BATCH), v.split(LARGEST_BATCH), strict=True)
+    out = [F.scaled_dot_product_attention(q, k, v, mask, problem.dropout_p, scale=scale) for q, k, v in chunks]
     return torch.cat(out).transpose(1, 2)
 
 

@@ -1,0 +1,145 @@
+"""Max-SA as a module, and the transformer layer around it. NHWC in and out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from maxattn.nn.basic import ACTIVATIONS, token_norm, update
+from maxattn.nn.rel_pos import RelPosLogMLP, RelPosTable
+from maxattn.ops.contract import Axis
+from maxattn.ops.max_sa import max_sa
+
+
+class MaxAttention(nn.Module):
+    """Multi-head self-attention within local blocks or over a dilated grid of the image (MaxViT paper, section 3.2).
+
+    Args:
+        width: channels.
+        axis: "block" or "grid".
+        window: tokens of a group, an int or `(P_h, P_w)`.
+        head_dim: channels of a head; must divide `width`.
+        rel_pos: relative position bias: "table", "log_mlp" or "none".
+        scale: factor on `q k^T`: "head_dim" or "width" for that to the power -0.5, or a number.
+        attn_drop, proj_drop: dropout of attention weights, and after the output projection.
+        backend: name or comma list that must compute the attention; None: chosen for each call.
+
+    Shapes: `x (B, H, W, width)` to the same, for any H and W.
+
+    Raises:
+        ValueError: if `head_dim` does not divide `width`, or for an invalid axis, window or rel_pos.
+
+    Example:
+        >>> import torch, maxattn
+        >>> attention = maxattn.nn.MaxAttention(64, axis="grid", window=7)
+        >>> attention(torch.randn(2, 20, 31, 64)).shape
+        torch.Size([2, 20, 31, 64])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        axis: Axis = "block",
+        window: int | tuple[int, int] = (7, 7),
+        *,
+        head_dim: int = 32,
+        rel_pos: Literal["table", "log_mlp", "none"] = "table",
+        rel_pos_hidden: int = 512,
+        scale: Literal["head_dim", "width"] | float = "head_dim",
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if width % head_dim:
+            raise ValueError(f"head_dim {head_dim} does not divide the width {width}")
+        if axis not in ("block", "grid"):
+            raise ValueError(f"axis must be 'block' or 'grid', not {axis!r}")
+        P_h, P_w = (window, window) if isinstance(window, int) else window
+        if P_h < 1 or P_w < 1:
+            raise ValueError(f"window must be at least 1 x 1 token, not {P_h} x {P_w}")
+        self.axis: Axis = axis
+        self.window = (P_h, P_w)
+        self.heads = width // head_dim
+        self.scale = {"head_dim": head_dim**-0.5, "width": width**-0.5}[scale] if isinstance(scale, str) else scale
+        self.attn_drop = attn_drop
+        self.backend = backend
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.rel_pos = _rel_pos(rel_pos, self.heads, self.window, rel_pos_hidden)
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        qkv_BHW3hd = self.qkv(x_BHWC).unflatten(-1, (3, self.heads, -1))
+        bias = None if self.rel_pos is None else self.rel_pos()
+        dropout_p = self.attn_drop if self.training else 0.0
+        out_BHWhd = max_sa(qkv_BHW3hd, self.axis, self.window, bias, self.scale, dropout_p, self.backend)
+        return self.proj_drop(self.proj(out_BHWhd.flatten(-2)))
+
+    def set_window(self, window: tuple[int, int]) -> None:
+        """Take another window; a table of relative positions is resized bilinearly."""
+        if self.rel_pos is not None:
+            self.rel_pos.resize(window)
+        self.window = window
+
+    def extra_repr(self) -> str:
+        return f"axis={self.axis!r}, window={self.window}, heads={self.heads}, backend={self.backend!r}"
+
+
+class MLP(nn.Module):
+    """Linear, activation, Linear over the channels."""
+
+    def __init__(self, width: int, hidden: int, act: str = "gelu_tanh", dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = ACTIVATIONS[act]()
+        self.drop = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class AttentionLayer(nn.Module):
+    """Norm, Max-SA, add; norm, MLP, add. `(B, H, W, width)` to the same; `mlp_ratio` 0 leaves the MLP out."""
+
+    def __init__(
+        self,
+        attention: MaxAttention,
+        *,
+        mlp_ratio: float = 4.0,
+        act: str = "gelu_tanh",
+        norm: str = "layer_norm",
+        norm_eps: float = 1e-5,
+        layer_scale: float = 0.0,
+        drop_path: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        width = attention.proj.out_features
+        self.norm1 = token_norm(norm, width, norm_eps)
+        self.attn = attention
+        self.update1 = update(width, layer_scale, drop_path)
+        self.norm2, self.mlp, self.update2 = None, None, None
+        if mlp_ratio:
+            self.norm2 = token_norm(norm, width, norm_eps)
+            self.mlp = MLP(width, int(width * mlp_ratio), act, proj_drop)
+            self.update2 = update(width, layer_scale, drop_path)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        x_BHWC = x_BHWC + self.update1(self.attn(self.norm1(x_BHWC)))
+        if self.mlp is None or self.norm2 is None or self.update2 is None:
+            return x_BHWC
+        return x_BHWC + self.update2(self.mlp(self.norm2(x_BHWC)))
+
+
+def _rel_pos(kind: str, heads: int, window: tuple[int, int], hidden: int) -> RelPosTable | RelPosLogMLP | None:
+    if kind == "table":
+        return RelPosTable(heads, window)
+    if kind == "log_mlp":
+        return RelPosLogMLP(heads, window, hidden)
+    if kind == "none":
+        return None
+    raise ValueError(f"rel_pos must be 'table', 'log_mlp' or 'none', not {kind!r}")
