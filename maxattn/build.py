@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from maxattn.nn import AttentionLayer, Block, Downsample, Head, MaxAttention, MaxViT, MBConv, Parallel, Stage, Stem
 from maxattn.nn.basic import conv_norm
-from maxattn.presets import load_spec
-from maxattn.spec import (
-    AttentionSpec,
-    MaxViTSpec,
-    MBConvSpec,
-    MLPHeadSpec,
-    StageSpec,
-    downsampling_layer,
-)
+
+if TYPE_CHECKING:
+    from maxattn.spec import AttentionSpec, MaxViTSpec, MBConvSpec, StageSpec
 
 
 def build(spec: str | Path | dict[str, Any] | MaxViTSpec, **overrides: Any) -> MaxViT:
@@ -37,6 +31,8 @@ def build(spec: str | Path | dict[str, Any] | MaxViTSpec, **overrides: Any) -> M
         >>> model.spec.num_classes, len(model.stages[0].blocks)
         (5, 2)
     """
+    from maxattn.presets import load_spec
+
     spec = load_spec(spec)
     spec = spec.override(**overrides) if overrides else spec
     full = spec.resolved()
@@ -53,7 +49,7 @@ def build(spec: str | Path | dict[str, Any] | MaxViTSpec, **overrides: Any) -> M
     rates = _drop_path_rates(full)
     widths = [full.stem.width, *(stage.width for stage in full.stages)]
     stages = [_stage(stage, widths[number], rates[number], full.backend) for number, stage in enumerate(full.stages)]
-    hidden = (full.head.hidden or widths[-1]) if isinstance(full.head, MLPHeadSpec) else None
+    hidden = (full.head.hidden or widths[-1]) if full.head.kind == "mlp" else None
     head = Head(
         widths[-1],
         full.num_classes,
@@ -73,7 +69,7 @@ def _drop_path_rates(spec: MaxViTSpec) -> list[list[float]]:
 
 
 def _stage(stage: StageSpec, in_width: int, rates: list[float], backend: str | None) -> Stage:
-    carrier = downsampling_layer(stage)
+    carrier = stage.downsampling_layer()
     blocks = []
     for number, rate in enumerate(rates):
         changes = number == 0 and (stage.stride > 1 or in_width != stage.width)
@@ -98,7 +94,7 @@ def _layer(
     layer: MBConvSpec | AttentionSpec, in_width: int, width: int, stride: int, rate: float, backend: str | None
 ) -> nn.Module:
     drop_path = rate if layer.drop_path is None else layer.drop_path
-    if isinstance(layer, MBConvSpec):
+    if layer.kind == "mbconv":
         return MBConv(
             in_width,
             width,

@@ -106,6 +106,16 @@ class StageSpec(LayerSettings):
         DEFAULT_LAYERS, description="The layers of each block."
     )
 
+    def flat_layers(self) -> Iterator[tuple[int, MBConvSpec | AttentionSpec]]:
+        """The layers of a block with their position, those in parallel at the same position."""
+        for index, layer in enumerate(self.layers):
+            for one in layer if isinstance(layer, tuple) else (layer,):
+                yield index, one
+
+    def downsampling_layer(self) -> int | None:
+        """The position of the layer that applies the stride and the change of width; None: none can."""
+        return next((index for index, layer in enumerate(self.layers) if isinstance(layer, MBConvSpec)), None)
+
 
 class StemSpec(Spec):
     """Two convolutions before the first stage: strided, norm, activation; then one with a bias and nothing after."""
@@ -167,8 +177,8 @@ class MaxViTSpec(LayerSettings):
     def _heads_divide(self) -> MaxViTSpec:
         width_before = self.stem.width
         for number, stage in enumerate(self.resolved().stages):
-            carrier = downsampling_layer(stage)
-            for index, layer in flat_layers(stage):
+            carrier = stage.downsampling_layer()
+            for index, layer in stage.flat_layers():
                 before = carrier is not None and index < carrier
                 for width in {width_before if before else stage.width, stage.width}:
                     if isinstance(layer, AttentionSpec) and width % layer.head_dim:
@@ -237,7 +247,7 @@ class MaxViTSpec(LayerSettings):
             layer
             for stage in self.resolved().stages
             for _ in range(stage.depth)
-            for _, layer in flat_layers(stage)
+            for _, layer in stage.flat_layers()
             if isinstance(layer, AttentionSpec)
         ]
 
@@ -271,18 +281,6 @@ class MaxViTSpec(LayerSettings):
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """An int or a pair as a pair."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def flat_layers(stage: StageSpec) -> Iterator[tuple[int, MBConvSpec | AttentionSpec]]:
-    """The layers of a block with their position, those in parallel at the same position."""
-    for index, layer in enumerate(stage.layers):
-        for one in layer if isinstance(layer, tuple) else (layer,):
-            yield index, one
-
-
-def downsampling_layer(stage: StageSpec) -> int | None:
-    """The position of the layer that applies the stride and the change of width; None: none can."""
-    return next((index for index, layer in enumerate(stage.layers) if isinstance(layer, MBConvSpec)), None)
 
 
 def _settle(layer: MBConvSpec | AttentionSpec, stage: StageSpec, model: MaxViTSpec) -> MBConvSpec | AttentionSpec:

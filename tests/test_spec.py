@@ -258,15 +258,25 @@ def test_the_json_schema_describes_every_setting() -> None:
 
 layers = st.recursive(
     st.sampled_from(["mbconv", "block", "grid"])
-    | st.builds(lambda w: {"kind": "grid", "window": w}, st.integers(1, 9) | st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    | st.builds(
+        lambda w: {"kind": "grid", "window": w}, st.integers(1, 9) | st.tuples(st.integers(1, 5), st.integers(1, 5))
+    )
     | st.builds(lambda e: {"kind": "mbconv", "expansion": e}, st.sampled_from([1.0, 2.0, 6.0])),
     lambda inner: st.lists(inner, min_size=1, max_size=2),
     max_leaves=2,
 ).filter(lambda layer: not (isinstance(layer, list) and any(isinstance(one, list) for one in layer)))
 stages = st.lists(
     st.fixed_dictionaries(
-        {"width": st.sampled_from([32, 64]), "depth": st.integers(1, 2), "layers": st.lists(layers, min_size=1, max_size=3)},
-        optional={"window": st.integers(1, 5), "stride": st.sampled_from([1, 2]), "act": st.sampled_from(["silu", "relu"])},
+        {
+            "width": st.sampled_from([32, 64]),
+            "depth": st.integers(1, 2),
+            "layers": st.lists(layers, min_size=1, max_size=3),
+        },
+        optional={
+            "window": st.integers(1, 5),
+            "stride": st.sampled_from([1, 2]),
+            "act": st.sampled_from(["silu", "relu"]),
+        },
     ),
     min_size=1,
     max_size=2,

@@ -13,11 +13,13 @@ from functools import cache
 from types import TracebackType
 
 import torch
+from torch import Tensor
 
 from maxattn.ops import registry
 from maxattn.ops.contract import Backend, Problem, Reason
 
 ENVIRONMENT_VARIABLE = "MAXATTN_BACKEND"
+AUTOCAST_DEVICES = frozenset(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
 log = logging.getLogger("maxattn")
 
 
@@ -232,3 +234,11 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return major, minor
+
+
+def execute(backend: Backend, qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    """Call the backend with autocast off: the dtype of `qkv` alone decides."""
+    if problem.device in AUTOCAST_DEVICES and torch.is_autocast_enabled(problem.device):
+        with torch.autocast(problem.device, enabled=False):
+            return backend.attend(qkv, bias, problem)
+    return backend.attend(qkv, bias, problem)

@@ -12,8 +12,6 @@ from maxattn.ops import dispatch, registry
 from maxattn.ops.call import Call, check, describe, problem_of
 from maxattn.ops.contract import Axis, Backend, Problem
 
-AUTOCAST_DEVICES = frozenset(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
-
 
 class Plan(NamedTuple):
     """All that was decided about one kind of call."""
@@ -68,7 +66,7 @@ def max_sa(
         return traced.max_sa(qkv, axis, window, bias, scale, dropout_p, backend)
     call = describe(qkv, axis, window, bias, scale, dropout_p)
     plan = _plan(call, backend, *dispatch.eager_override())
-    return execute(plan.backend, qkv, bias, plan.problem)
+    return dispatch.execute(plan.backend, qkv, bias, plan.problem)
 
 
 def explain(
@@ -108,11 +106,3 @@ def _plan(call: Call, backend: str | None, context: str | None, environment: str
 
 
 registry.on_change(_plan.cache_clear)
-
-
-def execute(backend: Backend, qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
-    """Call the backend with autocast off: the dtype of `qkv` alone decides."""
-    if problem.device in AUTOCAST_DEVICES and torch.is_autocast_enabled(problem.device):
-        with torch.autocast(problem.device, enabled=False):
-            return backend.attend(qkv, bias, problem)
-    return backend.attend(qkv, bias, problem)

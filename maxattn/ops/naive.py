@@ -39,7 +39,7 @@ class Naive(Backend):
     capabilities = Capabilities(double_backward=True)
 
     def relative_speed(self, problem: Problem) -> float:
-        return 0.1
+        return 0.5
 
     def attend(self, qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
         B, H, W, _, h, d = qkv.shape

@@ -56,24 +56,29 @@ class Sdpa(Backend):
         def attend_windows(tokens: Tensor, corner: Tensor | None) -> Tensor:
             return _attend_windows(tokens, corner, problem)
 
+        if bias is not None:  # the gradients of its corners are summed in this dtype
+            bias = bias.to(torch.promote_types(problem.dtype, torch.float32))
         with _inner_kernel(problem):
-            return windows.for_each_size(qkv, bias, problem.window, problem.axis, attend_windows)
+            out = windows.for_each_size(qkv, bias, problem.window, problem.axis, attend_windows)
+        if problem.batch == 0 and bias is not None:
+            return out + bias.sum().to(out.dtype)  # PyTorch leaves the bias of an empty batch out of the graph
+        return out
 
 
 def _attend_windows(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
     """Attention within each of `qkv (windows, tokens, 3, heads, head_dim)`; returns `(windows, tokens, heads, d)`."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    mask = None
-    if bias is not None:
-        # Fused CUDA kernels want the bias in the dtype of q; those of the CPU take it in the precision of the softmax.
-        dtype = torch.promote_types(qkv.dtype, torch.float32) if problem.device == "cpu" else qkv.dtype
-        mask = bias.to(dtype).unsqueeze(0)
-    scale = problem.softmax_scale
     if problem.device == "cpu" or problem.exporting or q.shape[0] <= LARGEST_BATCH:
-        return F.scaled_dot_product_attention(q, k, v, mask, problem.dropout_p, scale=scale).transpose(1, 2)
+        return _attend_heads(q, k, v, bias, problem).transpose(1, 2)
     chunks = zip(q.split(LARGEST_BATCH), k.split(LARGEST_BATCH), v.split(LARGEST_BATCH), strict=True)
-    out = [F.scaled_dot_product_attention(q, k, v, mask, problem.dropout_p, scale=scale) for q, k, v in chunks]
-    return torch.cat(out).transpose(1, 2)
+    return torch.cat([_attend_heads(q, k, v, bias, problem) for q, k, v in chunks]).transpose(1, 2)
+
+
+def _attend_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    """Attention of `(windows, heads, tokens, head_dim)` by PyTorch's kernel."""
+    if bias is not None:
+        bias = bias.unsqueeze(0) if problem.device == "cpu" else bias.to(q.dtype).unsqueeze(0)
+    return F.scaled_dot_product_attention(q, k, v, bias, problem.dropout_p, scale=problem.softmax_scale)
 
 
 def _needs_math(problem: Problem) -> bool:

@@ -13,7 +13,6 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from maxattn.ops import dispatch, registry
 from maxattn.ops.call import Call, check, describe, problem_of
 from maxattn.ops.contract import Axis
-from maxattn.ops.max_sa import execute
 
 
 def max_sa(
@@ -35,7 +34,7 @@ def max_sa(
     facts = (shape, 1, *call[2:5], bias_shape, *call[6:11], *floats, call.deterministic)
     name, capability = _choose_constant(facts, backend, dispatch.traced_override(), torch.compiler.is_exporting())
     problem = problem_of(call._replace(shape=shape), capability)
-    return execute(registry.BACKENDS[name], qkv, bias, problem)
+    return dispatch.execute(registry.BACKENDS[name], qkv, bias, problem)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
