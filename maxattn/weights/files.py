@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 SPEC, VERSION, EXTRA = "maxattn.spec", "maxattn.version", "maxattn.extra"  # in the metadata of our own files
-SAFE = "a .safetensors file, or a state dict saved by torch.save"
+SAFE = "a .safetensors file or a state dict saved by torch.save"
 # Where training scripts put the weights in a checkpoint; averaged weights first, as timm takes them.
 ENTRIES = ("model_ema", "state_dict_ema", "ema", "state_dict", "model_state_dict", "model", "net", "module", "weights")
 _WRAPPERS = re.compile(r"^((module|model|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
@@ -54,7 +55,7 @@ def read_weights(source: str | Path | Mapping[str, Any]) -> Weights:
     else:
         raise TypeError(f"weights are a path or a state dict, not {type(source).__name__}; of a module, .state_dict()")
     if not isinstance(data, Mapping):
-        raise ValueError(f"{name} holds {type(data).__name__}, no state dict: {SAFE} would work")
+        raise ValueError(f"{name} holds a {type(data).__name__}, no state dict: {SAFE} would work")
     entry = next((entry for entry in ENTRIES if isinstance(data.get(entry), Mapping) and data[entry]), None)
     if entry is not None:
         data, name = data[entry], f"{name}[{entry!r}]"
@@ -100,12 +101,14 @@ def _read_file(path: Path) -> tuple[Any, Mapping[str, str]]:
         head = file.read(64)
     if not head:
         raise ValueError(f"{path} is empty (0 bytes): copy or download it again")
+    if head.isascii() and b"\0" not in head:
+        first = head.splitlines()[0].decode()
+        raise ValueError(f"{path} is no weights file, it begins with the text {first!r}: {SAFE} would work")
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         return _read_safetensors(path)
     if head.startswith((b"PK", b"\x80")):
         return _read_torch(path), {}
-    looks = f"begins with the text {head.splitlines()[0].decode()!r}" if _is_text(head) else f"begins with {head[:8]!r}"
-    raise ValueError(f"{path} is no weights file, it {looks}: {SAFE} would work, and so would a dict of arrays")
+    raise ValueError(f"{path} is no weights file, it begins with {head[:8]!r}: {SAFE} would work")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -123,28 +126,20 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]
 
 def _read_torch(path: Path) -> Any:
     try:
-        # The arguments that training scripts keep beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # Training scripts keep their arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"WeightsUnpickler error: ([^\n]*)", str(error))
+        found = re.search(r"WeightsUnpickler error: (.*?)( was not an allowed|\n|$)", str(error))
         raise ValueError(
-            f"{path} is refused: it is a pickle of more than tensors ({found[1] if found else error}), and loading "
-            "that could run any code; where you trust it, load it yourself and save the state dict alone, best by "
-            "safetensors.torch.save_file"
+            f"{path} is refused: it is a pickle of more than tensors ({found[1] if found else error}), which could run "
+            "any code; where you trust it, load it yourself and save its state dict by safetensors.torch.save_file"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError) as error:
         if path.suffix == ".npz":
             raise ValueError(f"{path} holds arrays: load_weights(model, dict(numpy.load(path)))") from error
-        detail = str(error).partition("\n")[0] or "it ends early"
+        detail = str(error).partition(". ")[0] or "it ends early"
         raise ValueError(
             f"{path} is no complete file of torch.save ({detail}): it is cut off, damaged or of another kind; copy or "
             "download it again"
         ) from error
-
-
-def _is_text(head: bytes) -> bool:
-    try:
-        return head.decode("ascii").replace("\n", "").replace("\r", "").replace("\t", "").isprintable()
-    except UnicodeDecodeError:
-        return False

@@ -48,11 +48,10 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], *, st
 
     Example:
         >>> import maxattn
-        >>> model = maxattn.build("nano")
-        >>> larger = maxattn.build("nano", window=8)
-        >>> print(maxattn.load_weights(larger, model.state_dict()))
-        loaded 115 tensors of the state dict, in maxattn's naming
-        resized 4 tables of relative positions: window 4 x 4 to 8 x 8
+        >>> model, larger = maxattn.build("nano", window=4), maxattn.build("nano", window=8)
+        >>> report = maxattn.load_weights(larger, model.state_dict())
+        >>> report.naming, set(report.resized.values())
+        ('maxattn', {((4, 4), (8, 8))})
     """
     return fit(unwrap(model), read_weights(source), strict)
 
@@ -200,7 +199,7 @@ def _complaint(model: MaxViT, weights: Weights, report: LoadReport) -> str:
     if classes is not None and classes != fits:
         lines.append(
             f"the classifier is of {classes} classes, the model's of {fits}: build with num_classes={classes}, or "
-            "keep the fresh one with strict=False"
+            f"{'keep the fresh one' if fits else 'leave it out'} with strict=False"
         )
     lines += report.problems()
     what_fits = ", or load what fits with strict=False" if report.loaded else ""
