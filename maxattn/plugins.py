@@ -47,9 +47,15 @@ class Loaded:
     owners: dict[str, str] = field(default_factory=dict)
 
 
-@cache
 def load() -> Loaded:
     """Load the core's backends, then every allowed plugin in the order of their names; once per process."""
+    registry.backends()
+    return _load()
+
+
+@cache
+def _load() -> Loaded:
+    """Called by the registry alone, under its lock: a plugin that asks for backends while it is loaded gets none yet."""
     loaded = Loaded()
     _load_one(loaded, "core", "maxattn", _own_version(), lambda: core_plugin)
     allowed = _allowlist()
@@ -81,7 +87,7 @@ def _load_one(loaded: Loaded, name: str, distribution: str, version: str, load_o
                     f"{distribution}: uninstall one, or leave one out of {ALLOWLIST_VARIABLE}"
                 )
     except (Exception, SystemExit) as error:
-        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
         log.warning("plugin %s of %s is installed but failed: %s", name, distribution, failure)
         loaded.plugins.append(
             Plugin(name, distribution, version, failure=failure, traceback="".join(traceback.format_exception(error)))
@@ -148,4 +154,4 @@ def _own_version() -> str:
     return __version__
 
 
-registry.load_with(lambda: load().backends)
+registry.load_with(lambda: _load().backends)

@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
+    GetJsonSchemaHandler,
     NonNegativeInt,
     PositiveInt,
     SerializerFunctionWrapHandler,
@@ -25,6 +26,8 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from maxattn.settings import (
     AttentionSettings,
@@ -47,6 +50,12 @@ class _Layer(CommonSettings):
     def _short(self, handler: SerializerFunctionWrapHandler) -> Any:
         data = {"kind": self.kind, **handler(self)}  # type: ignore[attr-defined]
         return data if len(data) > 1 else data["kind"]
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        long = handler.resolve_ref_schema(handler(core))
+        kind = {key: value for key, value in long["properties"]["kind"].items() if key in ("const", "enum")}
+        return {"anyOf": [kind, {**long, "required": ["kind"]}]}
 
 
 class MBConvSpec(_Layer, ConvSettings):

@@ -253,6 +253,7 @@ def test_the_json_schema_describes_every_setting() -> None:
     assert schema["required"] == ["stages"]
     assert set(LayerSettings.model_fields) <= set(schema["properties"])
     assert all("description" in schema["properties"][name] for name in LayerSettings.model_fields)
+    assert schema["$defs"]["MBConvSpec"]["anyOf"][0] == {"const": "mbconv"}
     json.dumps(schema)
 
 

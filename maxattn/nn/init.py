@@ -12,6 +12,8 @@ STD = 0.02
 def init_weights(root: nn.Module) -> None:
     """Initialise every convolution, Linear and relative position table below `root`; norms keep one and zero."""
     for module in root.modules():
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            continue  # nothing to write to, and PyTorch takes seconds to find out
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.normal_(module.weight, std=STD)
             if module.bias is not None:

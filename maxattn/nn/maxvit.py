@@ -72,7 +72,7 @@ class MaxViT(nn.Module):
         >>> model(torch.randn(2, 3, 40, 52)).shape
         torch.Size([2, 7])
         >>> [tuple(x.shape[1:]) for x in model.features(torch.randn(2, 3, 40, 52))]
-        [(16, 40, 52), (32, 20, 26), (64, 10, 13)]
+        [(16, 20, 26), (32, 20, 26), (64, 10, 13)]
     """
 
     def __init__(self, stem: nn.Module, stages: Sequence[Stage], head: Head, spec: MaxViTSpec) -> None:

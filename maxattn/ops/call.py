@@ -33,6 +33,14 @@ class Call(NamedTuple):
     deterministic: bool
 
 
+def check_types(qkv: object, axis: object, bias: object, scale: object, dropout_p: object, backend: object) -> None:
+    """Raise TypeError for arguments that cannot be described, nor be the key of a cache."""
+    _require("qkv", qkv, (Tensor,), "a torch.Tensor")
+    _require("bias", bias, (Tensor, NoneType), "a torch.Tensor or None")
+    _require("backend", backend, (str, NoneType), "a name, a comma list of names, or None")
+    _check_scalar_types(axis, scale, dropout_p)
+
+
 def describe(
     qkv: Tensor,
     axis: Axis,
@@ -41,16 +49,7 @@ def describe(
     scale: float | None,
     dropout_p: float,
 ) -> Call:
-    """The facts of a call with these arguments: of the right types, but not yet checked."""
-    for name, value, types, expected in (
-        ("qkv", qkv, Tensor, "a torch.Tensor"),
-        ("axis", axis, str, "'block' or 'grid'"),
-        ("bias", bias, (Tensor, NoneType), "a torch.Tensor or None"),
-        ("scale", scale, (float, int, NoneType), "a number or None"),
-        ("dropout_p", dropout_p, (float, int), "a number"),
-    ):
-        if not isinstance(value, types):
-            raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
+    """The facts of a call with these arguments, not yet checked."""
     grad = torch.is_grad_enabled()
     return Call(
         qkv.shape,
@@ -70,7 +69,9 @@ def describe(
     )
 
 
-def problem_of(call: Call, compute_capability: tuple[int, int] | None) -> Problem:
+def problem_of(
+    call: Call, compute_capability: tuple[int, int] | None, *, compiling: bool = False, exporting: bool = False
+) -> Problem:
     """The `Problem` that a checked call poses."""
     batch, height, width, _, heads, head_dim = call.shape
     return Problem(
@@ -90,13 +91,14 @@ def problem_of(call: Call, compute_capability: tuple[int, int] | None) -> Proble
         scale=call.scale,
         dropout_p=call.dropout_p,
         deterministic=call.deterministic,
-        compiling=torch.compiler.is_compiling(),
-        exporting=torch.compiler.is_exporting(),
+        compiling=compiling,
+        exporting=exporting,
     )
 
 
 def check(call: Call) -> None:
     """Raise ValueError or TypeError for a call that no backend could serve."""
+    _check_scalar_types(call.axis, call.scale, call.dropout_p)
     shape = call.shape
     if len(shape) != 6 or shape[3] != 3:
         raise ValueError(f"qkv must be (B, H, W, 3, heads, head_dim), not {_show(shape)}{_shape_hint(shape)}")
@@ -123,6 +125,8 @@ def check(call: Call) -> None:
             raise TypeError(f"bias must be float16, bfloat16, float32 or float64, not {call.bias_dtype}")
         if call.bias_device != call.device:
             raise ValueError(f"qkv is on {call.device} but bias on {call.bias_device}: move one of them")
+    if call.scale is not None and not isinstance(call.scale, (float, int)):
+        raise TypeError(f"scale must be a number or None, not {type(call.scale).__name__}")
     if call.scale is not None and not math.isfinite(call.scale):
         raise ValueError(f"scale must be a finite number or None, not {call.scale}")
     if not 0.0 <= call.dropout_p < 1.0:
@@ -135,6 +139,17 @@ def _pair(window: int | tuple[int, int]) -> tuple[int, int]:
     if isinstance(window, (tuple, list)) and len(window) == 2 and type(window[0]) is type(window[1]) is int:
         return window[0], window[1]
     raise ValueError(f"window must be an int or two ints (P_h, P_w), not {window!r}")
+
+
+def _check_scalar_types(axis: object, scale: object, dropout_p: object) -> None:
+    _require("axis", axis, (str,), "'block' or 'grid'")
+    _require("scale", scale, (float, int, NoneType), "a number or None")
+    _require("dropout_p", dropout_p, (float, int), "a number")
+
+
+def _require(name: str, value: object, types: tuple[type, ...], expected: str) -> None:
+    if not isinstance(value, types):
+        raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
 
 
 def _show(shape: tuple[int | None, ...]) -> str:

@@ -75,7 +75,8 @@ class _TracedOverride(threading.local):
     """The override as a compiler sees it: it can guard on a thread-local, so code recompiles, not on a ContextVar."""
 
     def __init__(self) -> None:
-        self.stack: tuple[str | None, ...] = (None,)
+        self.names: str | None = None
+        self.outer: tuple[str | None, ...] = ()
 
 
 _override: ContextVar[tuple[str | None, ...]] = ContextVar("maxattn_backend", default=(None,))
@@ -105,26 +106,37 @@ class use_backend:  # noqa: N801 - used as a function
         self._names = names
 
     def __enter__(self) -> None:
-        _traced_override.stack = (*_traced_override.stack, self._names)
+        _traced_override.outer = (*_traced_override.outer, _traced_override.names)
+        _traced_override.names = self._names
         if not torch.compiler.is_compiling():
             _override.set((*_override.get(), self._names))
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _traced_override.stack = _traced_override.stack[:-1]
+        *outer, _traced_override.names = _traced_override.outer
+        _traced_override.outer = tuple(outer)
         if not torch.compiler.is_compiling():
             _override.set(_override.get()[:-1])
 
 
-def eager_override() -> tuple[str | None, str | None]:
-    """What `use_backend` and the environment ask for now."""
-    return _override.get()[-1], os.environ.get(ENVIRONMENT_VARIABLE)
+def eager_override() -> str | None:
+    """What `use_backend` asks for now."""
+    return _override.get()[-1]
 
 
 def traced_override() -> str | None:
     """What `use_backend` asks for, read in a way that a compiler can trace and guard on."""
-    return _traced_override.stack[-1]
+    return _traced_override.names
+
+
+def asked(argument: str | None, context: str | None) -> tuple[str | None, str | None, str | None]:
+    """What the first of the three ways to force a backend says that says anything; the environment is read last."""
+    if argument is not None:
+        return argument, None, None
+    if context is not None:
+        return None, context, None
+    return None, None, os.environ.get(ENVIRONMENT_VARIABLE)
 
 
 def choose(problem: Problem, argument: str | None, context: str | None, environment: str | None) -> Backend:
@@ -142,7 +154,7 @@ def choose(problem: Problem, argument: str | None, context: str | None, environm
 
 def explain_problem(problem: Problem, backend: str | None = None) -> Explanation:
     """As `maxattn.explain`, for a `Problem`."""
-    return _explain(problem, backend, *eager_override())
+    return _explain(problem, *asked(backend, eager_override()))
 
 
 def list_backends() -> list[str]:

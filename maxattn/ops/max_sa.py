@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maxattn.ops import dispatch, registry
-from maxattn.ops.call import Call, check, describe, problem_of
+from maxattn.ops.call import Call, check, check_types, describe, problem_of
 from maxattn.ops.contract import Axis, Backend, Problem
 
 
@@ -64,8 +64,12 @@ def max_sa(
         from maxattn.ops import traced
 
         return traced.max_sa(qkv, axis, window, bias, scale, dropout_p, backend)
-    call = describe(qkv, axis, window, bias, scale, dropout_p)
-    plan = _plan(call, backend, *dispatch.eager_override())
+    try:
+        call = describe(qkv, axis, window, bias, scale, dropout_p)
+        plan = _plan(call, *dispatch.asked(backend, dispatch.eager_override()))
+    except (AttributeError, TypeError):
+        check_types(qkv, axis, bias, scale, dropout_p, backend)
+        raise
     return dispatch.execute(plan.backend, qkv, bias, plan.problem)
 
 
@@ -93,16 +97,17 @@ def explain(
     """
     if isinstance(qkv, Problem):
         return dispatch.explain_problem(qkv, backend)
+    check_types(qkv, axis, bias, scale, dropout_p, backend)
     call = describe(qkv, axis, window, bias, scale, dropout_p)
     check(call)
     return dispatch.explain_problem(problem_of(call, dispatch.compute_capability(call.device)), backend)
 
 
 @lru_cache(maxsize=4096)
-def _plan(call: Call, backend: str | None, context: str | None, environment: str | None) -> Plan:
+def _plan(call: Call, argument: str | None, context: str | None, environment: str | None) -> Plan:
     check(call)
     problem = problem_of(call, dispatch.compute_capability(call.device))
-    return Plan(dispatch.choose(problem, backend, context, environment), problem)
+    return Plan(dispatch.choose(problem, argument, context, environment), problem)
 
 
 registry.on_change(_plan.cache_clear)

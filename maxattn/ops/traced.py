@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from operator import index
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from maxattn.ops import dispatch, registry
-from maxattn.ops.call import Call, check, describe, problem_of
+from maxattn.ops.call import Call, check, check_types, describe, problem_of
 from maxattn.ops.contract import Axis
 
 
@@ -25,6 +24,7 @@ def max_sa(
     backend: str | None,
 ) -> Tensor:
     """As `maxattn.max_sa`: the choice becomes a constant of the graph, the chosen backend's code is traced."""
+    check_types(qkv, axis, bias, scale, dropout_p, backend)
     call = describe(qkv, axis, window, bias, scale, dropout_p)
     sizes = tuple(size if has_static_value(size) else None for size in qkv.shape[:3])
     shape = (*sizes, *(index(size) for size in qkv.shape[3:]))
@@ -32,17 +32,17 @@ def max_sa(
     # The compiler may hold floats as symbols, so the choice is told only that there is dropout, not how much.
     floats = None, 0.5 if dropout_p > 0 else 0.0
     facts = (shape, 1, *call[2:5], bias_shape, *call[6:11], *floats, call.deterministic)
-    name, capability = _choose_constant(facts, backend, dispatch.traced_override(), torch.compiler.is_exporting())
-    problem = problem_of(call._replace(shape=shape), capability)
+    name, capability, exporting = _choose_constant(facts, backend, dispatch.traced_override())
+    problem = problem_of(call._replace(shape=shape), capability, compiling=True, exporting=exporting)
     return dispatch.execute(registry.BACKENDS[name], qkv, bias, problem)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose_constant(
-    facts: tuple[Any, ...], backend: str | None, context: str | None, exporting: bool
-) -> tuple[str, tuple[int, int] | None]:
-    call = Call(*facts)
+    facts: tuple[Any, ...], argument: str | None, context: str | None
+) -> tuple[str, tuple[int, int] | None, bool]:
+    call, exporting = Call(*facts), torch.compiler.is_exporting()
     check(call)
     capability = dispatch.compute_capability(call.device)
-    problem = replace(problem_of(call, capability), compiling=True, exporting=exporting)
-    return dispatch.choose(problem, backend, context, dispatch.eager_override()[1]).name, capability
+    problem = problem_of(call, capability, compiling=True, exporting=exporting)
+    return dispatch.choose(problem, *dispatch.asked(argument, context)).name, capability, exporting

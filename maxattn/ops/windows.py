@@ -8,6 +8,7 @@ no padding, no mask. Shapes: `(B, H, W, ...)` on the image, `(B * groups, tokens
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -55,8 +56,11 @@ def for_each_size(
     `attend` is given windows `(batch * groups, tokens, 3, heads, head_dim)` and their bias
     `(heads, tokens, tokens)`, and returns `(batch * groups, tokens, heads, head_dim)`. It is called once for each
     size of group, so once where the window divides the image. Returns a contiguous `(B, H, W, heads, head_dim)`.
+
+    A compiler traces one way to cut an image, and traces anew for another height or width: with these as symbols,
+    tracing one call and its gradient takes up to a minute.
     """
-    batch, height, width = qkv.shape[:3]
+    batch, height, width = qkv.shape[0], index(qkv.shape[1]), index(qkv.shape[2])
     strips = []
     for rows in spans(height, window[0], axis):
         parts = []
@@ -65,7 +69,7 @@ def for_each_size(
             parts.append(unpartition(out, batch, rows, columns))
         strips.append(parts)
     if len(strips) == len(strips[0]) == 1:
-        return _merge(strips[0][0], axis)
+        return _merge(strips[0][0], axis).contiguous()
     return _join([_join(parts, 3, width, axis) for parts in strips], 1, height, axis).contiguous()
 
 

@@ -55,7 +55,11 @@ def load_spec(source: str | Path | dict[str, Any] | MaxViTSpec) -> MaxViTSpec:
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"no spec file {path}; give a YAML or JSON file, or a preset: maxattn spec list")
-        return MaxViTSpec.parse(path.read_text(encoding="utf-8"), path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text file in UTF-8: {error}") from None
+        return MaxViTSpec.parse(text, path)
     if source not in _presets():
         near = get_close_matches(source, _presets(), n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "maxattn.list_presets() names them all"
