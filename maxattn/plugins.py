@@ -55,7 +55,7 @@ def load() -> Loaded:
 
 @cache
 def _load() -> Loaded:
-    """Called by the registry alone, under its lock: a plugin that asks for backends while it is loaded gets none yet."""
+    """Called under the registry's lock: a plugin that asks for backends while it is loaded gets none yet."""
     loaded = Loaded()
     _load_one(loaded, "core", "maxattn", _own_version(), lambda: core_plugin)
     allowed = _allowlist()

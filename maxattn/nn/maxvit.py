@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ from maxattn.nn.attention import MaxAttention
 from maxattn.nn.head import Head
 from maxattn.nn.init import init_weights
 from maxattn.nn.rel_pos import RelPosTable
+from maxattn.ops.dispatch import eager_override, use_backend
 
 if TYPE_CHECKING:
     from maxattn.spec import MaxViTSpec
@@ -55,10 +58,18 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = _checkpointed(block, x)
             else:
                 x = block(x)
         return x
+
+
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """`block(x)`, to be recomputed in the backward pass: by the same backend, whichever thread that runs in."""
+    if torch.compiler.is_compiling():
+        return checkpoint(block, x, use_reentrant=False)
+    names = eager_override()
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), use_backend(names)))
 
 
 class MaxViT(nn.Module):
@@ -175,6 +186,9 @@ class MaxViT(nn.Module):
     def _stem(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.spec.in_chans:
             raise ValueError(f"images must be (B, {self.spec.in_chans}, H, W), not {tuple(x.shape)}")
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            # Attention makes the sides constants of a compiled graph; as symbols until there they slow the compiler down.
+            _ = index(x.shape[2]), index(x.shape[3])
         return self.stem(x)
 
     def _last_map(self, x: Tensor) -> Tensor:

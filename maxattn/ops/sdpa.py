@@ -68,7 +68,8 @@ class Sdpa(Backend):
 def _attend_windows(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
     """Attention within each of `qkv (windows, tokens, 3, heads, head_dim)`; returns `(windows, tokens, heads, d)`."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    if problem.device == "cpu" or problem.exporting or q.shape[0] <= LARGEST_BATCH:
+    unknown = problem.exporting and problem.batch is None  # to compare would fix the exported graph to one side
+    if problem.device == "cpu" or unknown or q.shape[0] <= LARGEST_BATCH:
         return _attend_heads(q, k, v, bias, problem).transpose(1, 2)
     chunks = zip(q.split(LARGEST_BATCH), k.split(LARGEST_BATCH), v.split(LARGEST_BATCH), strict=True)
     return torch.cat([_attend_heads(q, k, v, bias, problem) for q, k, v in chunks]).transpose(1, 2)
