@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from maxattn.nn import AttentionLayer, Block, Downsample, Head, MaxAttention, MaxViT, MBConv, Parallel, Stage, Stem
@@ -63,9 +63,9 @@ def build(spec: str | Path | dict[str, Any] | MaxViTSpec, **overrides: Any) -> M
 
 def _drop_path_rates(spec: MaxViTSpec) -> list[list[float]]:
     """A rate for each block of each stage, growing linearly from 0 to `drop_path_rate`."""
-    depths = [stage.depth for stage in spec.stages]
-    rates = torch.linspace(0.0, spec.drop_path_rate, sum(depths), device="cpu", dtype=torch.float64)
-    return [part.tolist() for part in rates.split(depths)]
+    last = max(1, sum(stage.depth for stage in spec.stages) - 1)
+    blocks = count()
+    return [[spec.drop_path_rate * next(blocks) / last for _ in range(stage.depth)] for stage in spec.stages]
 
 
 def _stage(stage: StageSpec, in_width: int, rates: list[float], backend: str | None) -> Stage:
@@ -99,7 +99,7 @@ def _layer(
             in_width,
             width,
             stride,
-            hidden=int((width if layer.expand_from == "output" else in_width) * layer.expansion),
+            hidden=max(1, int((width if layer.expand_from == "output" else in_width) * layer.expansion)),
             kernel_size=layer.kernel_size,
             se_hidden=max(1, int(width * layer.se_ratio)) if layer.se_ratio else 0,
             act=layer.act,

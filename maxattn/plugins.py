@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, distributions
 
 import pluggy
 
@@ -59,7 +59,7 @@ def _load() -> Loaded:
     loaded = Loaded()
     _load_one(loaded, "core", "maxattn", _own_version(), lambda: core_plugin)
     allowed = _allowlist()
-    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
+    for point in _entry_points(loaded):
         distribution, version = _origin(point)
         if allowed is not None and point.name not in allowed:
             skipped = f"not loaded: {ALLOWLIST_VARIABLE} does not name it"
@@ -67,6 +67,32 @@ def _load() -> Loaded:
             continue
         _load_one(loaded, point.name, distribution, version, point.load)
     return loaded
+
+
+def _entry_points(loaded: Loaded) -> list[EntryPoint]:
+    """Our group's entry points, of each distribution by itself: a file that cannot be read hides only its own.
+
+    As everywhere in Python, the first distribution of a name on the path hides later ones.
+    """
+    found: dict[str, list[EntryPoint]] = {}
+    for distribution in distributions():
+        try:
+            points = list(distribution.entry_points.select(group=GROUP))
+            if points:
+                found.setdefault(_origin(points[0])[0], points)
+        except Exception as error:
+            failure = f"its entry points cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
+            log.warning("%s: %s", distribution, failure)
+            told = "".join(traceback.format_exception(error))
+            loaded.plugins.append(Plugin("?", _name(distribution), "?", failure=failure, traceback=told))
+    return sorted((point for points in found.values() for point in points), key=lambda one: (one.name, one.value))
+
+
+def _name(distribution: Distribution) -> str:
+    try:
+        return distribution.name or "?"
+    except Exception:
+        return "?"
 
 
 def _origin(point: EntryPoint) -> tuple[str, str]:
@@ -106,7 +132,11 @@ def _backends_of(name: str, plugin: object) -> list[Backend]:
     _check_hooks(plugin)
     manager.register(plugin, name)
     manager.check_pending()
-    backends = [backend for given in manager.hook.maxattn_backends() for backend in given]
+    given = manager.hook.maxattn_backends()
+    if not given:
+        what = "returned None" if manager.hook.maxattn_backends.get_hookimpls() else "is missing"
+        raise PluginError(f"hook maxattn_backends {what}; it must return a list of backends")
+    backends = [backend for one in given for backend in one]
     names = [_checked(backend).name for backend in backends]
     twice = {backend for backend in names if names.count(backend) > 1}
     if twice:

@@ -17,7 +17,9 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -61,6 +63,14 @@ class Spec(BaseModel):
     """Base of all specs: immutable, hashable, no unknown fields, no NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_set(self, handler: SerializerFunctionWrapHandler) -> Any:
+        return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
+
+    def filled(self) -> Self:
+        """The same with every field of its own set, to what it is."""
+        return self.model_copy(update={name: getattr(self, name) for name in type(self).model_fields})
 
     @model_validator(mode="before")
     @classmethod
@@ -112,6 +122,13 @@ class CommonSettings(Spec):
         None, description="Stochastic depth rate; by default it grows linearly to the model's `drop_path_rate`."
     )
 
+    def __eq__(self, other: object) -> bool:
+        """Of one kind, and set alike: what is not set is looked up elsewhere."""
+        return type(self) is type(other) and self.model_dump_json() == other.model_dump_json()
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
 
 class ConvSettings(CommonSettings):
     """Settings of `mbconv` layers (MaxViT paper, section 3.1 and appendix A.1)."""
@@ -158,9 +175,12 @@ class LayerSettings(ConvSettings, AttentionSettings):
     """Every setting a layer can have; a stage and the model hold them for the layers below."""
 
 
+_UNION_TAG = re.compile(r"conv|attention|parallel|linear|mlp|(literal|constrained|tuple|float|int|str)\b.*")
+
+
 def _line(error: ErrorDetails) -> str:
     """`  field: what is allowed, got value`; unions' tags are no part of the field's name."""
-    field = ".".join(str(part) for part in error["loc"] if part not in ("conv", "attention", "parallel"))
+    field = ".".join(str(part) for part in error["loc"] if not _UNION_TAG.fullmatch(str(part)))
     message = error["msg"].removeprefix("Value error, ")
     seen = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
     return f"  {field}: {message}{seen}" if field else f"  {message}{seen}"

@@ -7,7 +7,6 @@ has the default. So one line at the top changes every layer, and one line at a l
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -48,7 +47,8 @@ if TYPE_CHECKING:
 class _Layer(CommonSettings):
     @model_serializer(mode="wrap")
     def _short(self, handler: SerializerFunctionWrapHandler) -> Any:
-        data = {"kind": self.kind, **handler(self)}  # type: ignore[attr-defined]
+        data = {name: value for name, value in handler(self).items() if name in self.model_fields_set}
+        data = {"kind": self.kind, **data}  # type: ignore[attr-defined]
         return data if len(data) > 1 else data["kind"]
 
     @classmethod
@@ -211,8 +211,9 @@ class MaxViTSpec(LayerSettings):
                 for layer in stage.layers
             ]
             settings = {field: _lookup(field, stage, self) for field in LayerSettings.model_fields}
-            stages.append(stage.model_copy(update={**settings, "layers": tuple(layers)}))
-        return self.model_copy(update={"stages": tuple(stages), "img_size": (height, width)})
+            stages.append(stage.model_copy(update={**settings, "layers": tuple(layers)}).filled())
+        nested = {"stem": self.stem.filled(), "stages": tuple(stages), "head": self.head.filled()}
+        return self.model_copy(update={**nested, "img_size": (height, width)}).filled()
 
     def override(self, **fields: Any) -> MaxViTSpec:
         """A copy with fields replaced, by plain or dotted name: `stages.0.depth`; `stages.*.window` sets each stage's.
@@ -228,7 +229,7 @@ class MaxViTSpec(LayerSettings):
         data = self.to_dict()
         if any(".layers" in path for path in fields):
             for stage, written in zip(self.stages, data["stages"], strict=True):
-                written["layers"] = stage.model_dump(mode="json", exclude_unset=True, include={"layers"}).get(
+                written["layers"] = stage.model_dump(mode="json", include={"layers"}).get(
                     "layers", [layer.kind for layer in DEFAULT_LAYERS]
                 )
         for path, value in fields.items():
@@ -262,7 +263,7 @@ class MaxViTSpec(LayerSettings):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: what was set, nothing else; `MaxViTSpec.model_validate` reads it back."""
-        data = self.model_dump(mode="json", exclude_unset=True)
+        data = self.model_dump(mode="json")
         settings = LayerSettings.model_fields.keys()
         return dict(
             sorted(data.items(), key=lambda item: 2 if item[0] in ("stem", "stages", "head") else item[0] in settings)
@@ -352,6 +353,4 @@ def _assign(data: Any, path: list[str], value: Any, whole: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is no finite number")
-    return value.model_dump(mode="json", exclude_unset=True) if isinstance(value, Spec) else value
+    return value.model_dump(mode="json") if isinstance(value, Spec) else value

@@ -10,6 +10,7 @@ import pytest
 
 from maxattn import hookspecs
 from maxattn.spec import MaxViTSpec
+from maxattn.train.recipe import Recipe, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
@@ -31,6 +32,18 @@ def test_python_blocks_run(code: str) -> None:
 @pytest.mark.parametrize("code", blocks("yaml"))
 def test_yaml_blocks_are_specs(code: str) -> None:
     assert MaxViTSpec.parse(code).stages
+
+
+@pytest.mark.parametrize("code", blocks("yaml config"))
+def test_training_configs_are_read(code: str) -> None:
+    assert TrainConfig.parse(code).recipe.epochs
+
+
+def test_every_field_of_the_recipe_is_in_the_guide() -> None:
+    guide = (ROOT / "docs" / "guide" / "training.md").read_text("utf-8")
+    for name, field in Recipe.model_fields.items():
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        assert f"| `{name}` | {default} | {field.description} |" in guide
 
 
 def test_the_readme_example_has_ten_lines_of_code() -> None:

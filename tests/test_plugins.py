@@ -41,10 +41,14 @@ def maxattn_backends():
 FINE = {
     "fine": HOOK,
     "newer_minor": "Own.api_version = (1, 7)\n" + HOOK,
-    "without_backends": "",
     "asks_while_it_is_loaded": "import maxattn\nmaxattn.list_backends()\n" + HOOK,
 }
 BROKEN = {
+    "without_the_hook": ("", "hook maxattn_backends is missing; it must return a list of backends"),
+    "forgets_to_return": (
+        "@hookimpl\ndef maxattn_backends():\n    [Own()]\n",
+        "hook maxattn_backends returned None; it must return a list of backends",
+    ),
     "import_error": ("import a_library_that_is_missing\n", "No module named 'a_library_that_is_missing'"),
     "crash": ("1 / 0\n", "ZeroDivisionError: division by zero"),
     "exit": ("raise SystemExit('I leave')\n", "SystemExit: I leave"),
@@ -161,10 +165,9 @@ def test_a_plugin_is_loaded_beside_all_that_are_broken(crowded: dict[str, Any], 
     assert found["failure"] == found["traceback"] == ""
     assert found["distribution"] == f"{plugin}-dist".replace("_", "-")
     assert found["version"] == "1.2"
-    if plugin != "without_backends":
-        assert found["backends"] == [plugin]
-        assert crowded["added"][plugin] == pytest.approx(1.0)
-        assert crowded["owners"][plugin] == found["distribution"]
+    assert found["backends"] == [plugin]
+    assert crowded["added"][plugin] == pytest.approx(1.0)
+    assert crowded["owners"][plugin] == found["distribution"]
 
 
 @pytest.mark.parametrize(("plugin", "failure"), [(plugin, failure) for plugin, (_, failure) in BROKEN.items()])
@@ -179,7 +182,7 @@ def test_a_broken_plugin_is_recorded_with_what_is_wrong(crowded: dict[str, Any],
 
 
 def test_no_backend_of_a_broken_plugin_is_there_and_no_other_is_missing(crowded: dict[str, Any]) -> None:
-    expected = {"naive", "sdpa", "no_metadata", *FINE} - {"without_backends"}
+    expected = {"naive", "sdpa", "no_metadata", *FINE}
     assert expected <= set(crowded["backends"])
     assert not set(crowded["backends"]) & set(BROKEN)
     assert crowded["added"]["naive"] == 0.0

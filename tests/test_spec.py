@@ -295,10 +295,31 @@ def test_any_order_of_layers_survives_a_round_trip_through_yaml(stages: list[dic
 
 def test_shorthand_layers_are_written_back_as_shorthand() -> None:
     stage = StageSpec(width=32, depth=1, layers=["mbconv", {"kind": "grid", "window": 3}, ["block", "grid"]])
-    assert stage.model_dump(mode="json", exclude_unset=True)["layers"] == [
+    assert stage.model_dump(mode="json")["layers"] == [
         "mbconv",
         {"kind": "grid", "window": 3},
         ["block", "grid"],
     ]
     assert isinstance(stage.layers[0], MBConvSpec)
     assert isinstance(stage.layers[2][0], AttentionSpec)
+
+
+def test_specs_that_build_different_networks_are_different() -> None:
+    plain = MaxViTSpec(window=5, stages=[STAGE])
+    pinned = MaxViTSpec(window=5, stages=[{**STAGE, "window": 7}])
+    assert plain != pinned
+    assert len({plain, pinned, MaxViTSpec(window=5, stages=[STAGE])}) == 2
+
+
+@pytest.mark.parametrize("name", maxattn.list_presets())
+def test_pydantics_own_round_trips_keep_the_network(name: str) -> None:
+    spec = maxattn.load_spec(name)
+    for again in (MaxViTSpec.model_validate_json(spec.model_dump_json()), MaxViTSpec.model_validate(spec.model_dump())):
+        assert again == spec
+        assert again.resolved() == spec.resolved()
+
+
+def test_tiny_ratios_still_give_layers_of_some_width() -> None:
+    model = maxattn.build({"expansion": 0.001, "mlp_ratio": 0.001, "stages": [{"width": 32, "depth": 1}]})
+    assert model.stages[0].blocks[0].layers[0].conv1.out_channels == 1
+    assert model.stages[0].blocks[0].layers[1].mlp.fc1.out_features == 1

@@ -113,7 +113,7 @@ def test_attention_is_looked_at_where_the_network_has_it() -> None:
     layers = attended(model, x)
     assert [layer.attention for layer in layers] == list(model.attentions())
     assert [layer.attention.axis for layer in layers] == ["block", "grid", "block", "grid"]
-    assert [tuple(layer.x.shape[1:]) for layer in layers] == [(14, 18, 32), (14, 18, 32), (7, 9, 64), (7, 9, 64)]
+    assert [tuple(layer.x.shape[1:]) for layer in layers] == [(14, 18, 24), (14, 18, 24), (7, 9, 48), (7, 9, 48)]
     assert not any(attention._forward_pre_hooks for attention in model.attentions())
 
 

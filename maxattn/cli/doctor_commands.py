@@ -118,17 +118,21 @@ def _plugin_problems(loaded: plugins.Loaded) -> list[str]:
 
 
 def _environment_problems(loaded: plugins.Loaded, environment: dict[str, str | None]) -> list[str]:
-    """Names in the variables that stand for nothing installed."""
+    """Names in the variables that stand for nothing installed; a list of backends may have some, but not only such."""
     known = {
         ENVIRONMENT_VARIABLE: ("backend", list(loaded.backends)),
         plugins.ALLOWLIST_VARIABLE: ("plugin", [plugin.name for plugin in loaded.plugins[1:]]),
     }
-    return [
-        f"{variable} names {name!r}, but no such {what} is installed; known: {', '.join(names) or 'none'}"
-        for variable, (what, names) in known.items()
-        for name in _names(environment[variable])
-        if name not in names
-    ]
+    problems = []
+    for variable, (what, names) in known.items():
+        listed = _names(environment[variable])
+        serves = variable == ENVIRONMENT_VARIABLE and any(name in names for name in listed)
+        problems += [
+            f"{variable} names {name!r}, but no such {what} is installed; known: {', '.join(names) or 'none'}"
+            for name in listed
+            if name not in names and not serves
+        ]
+    return problems
 
 
 def _names(text: str | None) -> list[str]:

@@ -69,8 +69,7 @@ def show(
       $ maxattn spec show nano --set num_classes=5 --set stages.*.window=7x5 --resolved
     """
     chosen = _load(spec, assignments)
-    if resolved:
-        chosen = MaxViTSpec.read(chosen.resolved().model_dump(mode="json"))
+    chosen = chosen.resolved() if resolved else chosen
     typer.echo(chosen.to_json() if as_json else chosen.to_yaml(), nl=False)
 
 

@@ -125,7 +125,7 @@ class AttentionLayer(nn.Module):
         self.norm2, self.mlp, self.update2 = None, None, None
         if mlp_ratio:
             self.norm2 = token_norm(norm, width, norm_eps)
-            self.mlp = MLP(width, int(width * mlp_ratio), act, proj_drop)
+            self.mlp = MLP(width, max(1, int(width * mlp_ratio)), act, proj_drop)
             self.update2 = update(width, layer_scale, drop_path)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:

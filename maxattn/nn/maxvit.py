@@ -83,7 +83,7 @@ class MaxViT(nn.Module):
         >>> model(torch.randn(2, 3, 40, 52)).shape
         torch.Size([2, 7])
         >>> [tuple(x.shape[1:]) for x in model.features(torch.randn(2, 3, 40, 52))]
-        [(16, 20, 26), (32, 20, 26), (64, 10, 13)]
+        [(16, 20, 26), (24, 20, 26), (48, 10, 13)]
     """
 
     def __init__(self, stem: nn.Module, stages: Sequence[Stage], head: Head, spec: MaxViTSpec) -> None:
@@ -127,7 +127,8 @@ class MaxViT(nn.Module):
         """Size the windows for other images; any size may be fed without this.
 
         Windows given in the spec as `img/K` follow `img_size`, others stay unless `window` sets them all (it may be
-        `img/K` too). Tables of relative positions are resized bilinearly.
+        `img/K` too). Tables of relative positions are resized bilinearly, and are new parameters then: make the
+        optimizer afterwards.
         """
         spec = self.spec if img_size is None else self.spec.override(img_size=img_size)
         spec = spec if window is None else spec.override_everywhere(window=window)
@@ -187,7 +188,7 @@ class MaxViT(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.spec.in_chans:
             raise ValueError(f"images must be (B, {self.spec.in_chans}, H, W), not {tuple(x.shape)}")
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            # Attention makes the sides constants of a compiled graph; as symbols until there they slow the compiler down.
+            # Attention makes the sides constants of a compiled graph; as symbols until there they slow the compiler.
             _ = index(x.shape[2]), index(x.shape[3])
         return self.stem(x)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -136,7 +137,7 @@ def asked(argument: str | None, context: str | None) -> tuple[str | None, str | 
         return argument, None, None
     if context is not None:
         return None, context, None
-    return None, None, os.environ.get(ENVIRONMENT_VARIABLE)
+    return None, None, os.environ.get(ENVIRONMENT_VARIABLE, "").strip(", ") or None
 
 
 def choose(problem: Problem, argument: str | None, context: str | None, environment: str | None) -> Backend:
@@ -204,7 +205,12 @@ def _answer(backend: Backend, problem: Problem) -> Candidate:
     """A backend's answer; a crash inside it is a reason, told as such, so that it cannot stop the others."""
     try:
         reasons = backend.capabilities.unsupported(problem) or list(backend.unsupported(problem))
-        speed = backend.relative_speed(problem) if not reasons else 0.0
+        for reason in reasons:
+            if not isinstance(reason, Reason):
+                raise TypeError(f"unsupported() must give instances of maxattn.Reason, not {reason!r}")
+        speed = float(backend.relative_speed(problem)) if not reasons else 0.0
+        if math.isnan(speed):
+            raise ValueError("relative_speed() is not a number")
     except Exception as error:
         log.warning("backend %s failed while it was asked about %s", backend.name, problem, exc_info=True)
         reasons, speed = [Reason("crashed", f"its own check failed: {type(error).__name__}: {error}")], 0.0

@@ -29,6 +29,8 @@ def max_sa(
     sizes = tuple(size if has_static_value(size) else None for size in qkv.shape[:3])
     shape = (*sizes, *(index(size) for size in qkv.shape[3:]))
     bias_shape = None if bias is None else tuple(index(size) for size in bias.shape)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError("dropout_p must be at least 0 and below 1")
     # The compiler may hold floats as symbols, so the choice is told only that there is dropout, not how much.
     floats = None, 0.5 if dropout_p > 0 else 0.0
     facts = (shape, 1, *call[2:5], bias_shape, *call[6:11], *floats, call.deterministic)

@@ -41,6 +41,7 @@ def load_spec(source: str | Path | dict[str, Any] | MaxViTSpec) -> MaxViTSpec:
 
     Raises:
         ValueError: for an unknown preset, naming the nearest, or an invalid spec, naming the field.
+        TypeError: for a source of another type.
         FileNotFoundError: for a path with a spec's suffix that is no file.
 
     Example:
@@ -51,6 +52,8 @@ def load_spec(source: str | Path | dict[str, Any] | MaxViTSpec) -> MaxViTSpec:
         return source
     if isinstance(source, dict):
         return MaxViTSpec.read(source)
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"a spec is a preset's name, a path, a dict or a MaxViTSpec, not {type(source).__name__}")
     if isinstance(source, Path) or source.endswith(SUFFIXES):
         path = Path(source)
         if not path.is_file():

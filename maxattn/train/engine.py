@@ -84,15 +84,14 @@ def train(
     if checkpoint is not None:
         run.restore(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / CONFIG, config.to_yaml())
     with Bar(console, run.images_to_go()) as bar, StopSignals() as stop:
         try:
             while run.epoch < config.recipe.epochs:
                 bar.print(_line(run.run_epoch(bar, stop.check), config.recipe.epochs))
-                save_checkpoint(out / CHECKPOINT, run.state())
+                run.save(out)
                 run.write_results(out)
         except StopAsked:
-            save_checkpoint(out / CHECKPOINT, run.state())
+            run.save(out)
             raise TrainingInterrupted(out / CHECKPOINT, run.epoch, run.step) from None
     run.write_results(out)
     return run.history
@@ -190,6 +189,11 @@ class _Run:
         self.totals = classification.Totals(**state["totals"])
         set_random_state(state["random"], self.device)
 
+    def save(self, out: Path) -> None:
+        """Only with a checkpoint is the folder one to resume in; a run that fails before leaves nothing in the way."""
+        save_checkpoint(out / CHECKPOINT, self.state())
+        _write(out / CONFIG, self.config.to_yaml())
+
     def write_results(self, out: Path) -> None:
         _write(out / METRICS, "".join(json.dumps(metrics) + "\n" for metrics in self.history))
         self.classifier.save(out / WEIGHTS)
@@ -233,13 +237,13 @@ class _Run:
 
 
 def _check_same_run(checkpoint: dict[str, Any], config: TrainConfig, folder: ImageFolder, out: Path) -> None:
-    """Raise ValueError unless the checkpoint is of this config and these images."""
+    """Raise ValueError unless the checkpoint is of this config, whatever its workers, and of these images."""
     there, here = checkpoint["config"], config.to_dict()
     differing = [
         f"{part}.{name} is {there[part].get(name)!r} there, {here[part].get(name)!r} now"
         for part in here
         for name in sorted(there[part].keys() | here[part].keys())
-        if there[part].get(name) != here[part].get(name)
+        if name != "workers" and there[part].get(name) != here[part].get(name)
     ]
     if checkpoint["classes"] != list(folder.classes) or checkpoint["images"] != len(folder.files):
         differing.append(

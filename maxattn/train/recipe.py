@@ -53,14 +53,14 @@ class Recipe(Spec):
     shift: NonNegativeInt = Field(0, description="Move each image by up to so many pixels, its edge being repeated.")
     flip: bool = Field(False, description="Mirror half of the images left to right.")
     mean: Annotated[tuple[float, ...], AfterValidator(not_empty)] = Field(
-        (0.5,), description="Of pixels between 0 and 1, subtracted: one number, or one a channel."
+        (0.5,), description="Of pixels between 0 and 1, subtracted: a list of one number, or of one a channel."
     )
     std: Annotated[tuple[PositiveFloat, ...], AfterValidator(not_empty)] = Field(
-        (0.5,), description="Of pixels between 0 and 1, divided by: one number, or one a channel."
+        (0.5,), description="Of pixels between 0 and 1, divided by: a list of one number, or of one a channel."
     )
     amp: Literal["none", "bf16"] = Field("none", description="Automatic mixed precision.")
     seed: NonNegativeInt = Field(0, description="Of the initial weights, the order of the images and what is random.")
-    workers: NonNegativeInt = Field(4, description="Processes that read images while others are computed with.")
+    workers: NonNegativeInt = Field(4, description="Threads that read images, or processes if memory cannot hold them.")
 
 
 class TrainConfig(Spec):
@@ -101,7 +101,7 @@ class TrainConfig(Spec):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the recipe's defaults written out; `TrainConfig.read` reads it back."""
-        return {"spec": self.spec.to_dict(), "recipe": self.recipe.model_dump(mode="json")}
+        return {"spec": self.spec.to_dict(), "recipe": self.recipe.filled().model_dump(mode="json")}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=100)

@@ -73,7 +73,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, which takes its place if the block ends well and is removed if not."""
     temporary = path.with_name(f".{path.name}.{token_hex(4)}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # some writers make a file that none but its owner may read
         yield temporary
+        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -93,7 +93,7 @@ BAD_INPUT = [
     ("summary maxvit_tny_tf_224", "no preset 'maxvit_tny_tf_224'; did you mean maxvit_tiny_tf_224"),
     ("summary missing.yaml", "no spec file missing.yaml"),
     ("summary nano --set stages.0.widht=3", "there is no field 'widht'; did you mean 'width'"),
-    ("summary nano --set head_dim=7", "head_dim 7 does not divide the width 32"),
+    ("summary nano --set head_dim=7", "head_dim 7 does not divide the width"),
     ("summary nano --set stages.9.depth=3", "'9' is no index; allowed: 0 to 1"),
     ("summary nano --set window", "'window' is no field=value"),
     ("summary nano --set head={kind", "the value in 'head={kind' is no YAML"),

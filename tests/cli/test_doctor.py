@@ -149,12 +149,17 @@ def test_the_text_names_what_the_json_holds(run: Run) -> None:
 
 
 def test_a_variable_that_names_nothing_installed_is_a_problem(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MAXATTN_BACKEND", "sdpa, sdpaa")
+    monkeypatch.setenv("MAXATTN_BACKEND", "sdpaa")
     monkeypatch.setenv("MAXATTN_PLUGINS", "nowhere")
     facts = json.loads(run("doctor", "--json", exit_code=1).stdout)
     assert len(facts["problems"]) == 2
     assert facts["problems"][0].startswith("MAXATTN_BACKEND names 'sdpaa', but no such backend is installed")
     assert facts["problems"][1].startswith("MAXATTN_PLUGINS names 'nowhere', but no such plugin is installed")
+
+
+def test_a_list_of_backends_may_hold_some_that_are_not_installed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAXATTN_BACKEND", "triton, sdpa")
+    assert json.loads(run("doctor", "--json").stdout)["problems"] == []
 
 
 def test_a_plugin_that_does_not_load_is_told_with_its_error(faults: dict[str, Any]) -> None:

@@ -131,7 +131,7 @@ def test_a_training_that_diverges_ends_with_exit_code_1(run: Run, data: Path, tm
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(maxattn.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(maxattn.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "maxattn", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 

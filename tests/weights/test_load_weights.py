@@ -26,7 +26,7 @@ SHALLOW = {"img_size": 64, "window": 2, "stages.*.depth": 1}
 
 
 def snapshot(model: nn.Module) -> State:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 def equal(one: State, other: State) -> bool:
