@@ -143,7 +143,7 @@ def draw_attention(path: Path, model: MaxViT, x: Tensor, images: Tensor, pixels:
     if not count:
         raise ValueError("the network's first block has no Max-SA to draw")
     figure = Figure(figsize=(2.4 * (count + 2), 2.4 * len(pixels) + 0.6), layout="constrained")
-    figure.suptitle("What the outlined pixel attends to")
+    figure.suptitle("What the outlined pixel attends to; brightness is the square root of the weight")
     grid = figure.subplots(len(pixels), count + 2, squeeze=False)
     for row, image, one, pixel in zip(grid, images, x, pixels, strict=True):
         layers = attended(model, one[None])[:count]
@@ -165,7 +165,7 @@ def _draw_map(axes: Axes, image: Tensor, size: Sequence[int], pixel: Pixel, weig
     extent = (0, size[1], size[0], 0)
     axes.imshow(_viewable(image), cmap="gray", vmin=0, vmax=255, extent=extent)
     if weights_HW is not None:
-        share = (weights_HW / weights_HW.max()).cpu().numpy()
+        share = (weights_HW / weights_HW.max()).sqrt().cpu().numpy()
         axes.imshow(share, cmap="inferno", extent=extent, alpha=0.8, interpolation="nearest")
     axes.add_patch(Rectangle((pixel[1], pixel[0]), 1, 1, fill=False, color=MARK, linewidth=2))
     axes.set_xticks([])

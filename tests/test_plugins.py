@@ -218,3 +218,16 @@ def test_every_hook_is_documented() -> None:
     for name, hook in hooks.items():
         assert inspect.getdoc(hook), f"{name} has no docstring"
         assert inspect.signature(hook).return_annotation is not inspect.Signature.empty
+
+
+@pytest.mark.parametrize(
+    "content", [b"[console_scripts]\nbroken\n", b"[maxattn]\n\xff\xfe = x\n"], ids=["text", "bytes"]
+)
+def test_entry_points_that_cannot_be_read_hide_only_their_own(tmp_path: Path, content: bytes) -> None:
+    install(tmp_path, "fine", HOOK)
+    install(tmp_path, "torn", HOOK)
+    (tmp_path / "torn_dist-1.2.dist-info" / "entry_points.txt").write_bytes(content)
+    found = report(tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert {"naive", "sdpa", "fine"} <= set(found["backends"])
+    assert found["plugins"]["?"]["failure"].startswith("its entry points cannot be read: ")
+    assert found["plugins"]["?"]["distribution"] == "torn-dist"

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-# Where other programs run too, threads that wait by spinning, as they do by default, slow training down tenfold.
+# Where other programs run too, threads that wait by spinning, as they do by default, slow training down a lot.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np

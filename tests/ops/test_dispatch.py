@@ -312,3 +312,29 @@ def test_a_registered_backend_takes_the_place_of_one_of_its_name_for_a_while() -
     with pytest.raises(KeyError), registered(Recording("spy")):
         raise KeyError
     assert maxattn.list_backends() == ["naive", "sdpa"]
+
+
+@pytest.mark.parametrize(
+    ("speed", "reasons", "told"),
+    [
+        (None, [], "float() argument must be"),
+        (float("nan"), [], "relative_speed() is not a number"),
+        (1.0, ["no"], "unsupported() must give instances of maxattn.Reason, not 'no'"),
+    ],
+)
+def test_a_wrong_answer_of_a_backend_counts_as_a_crash_of_its_check(
+    speed: float | None, reasons: list[str], told: str
+) -> None:
+    class Wrong(Recording):
+        def unsupported(self, problem: Problem) -> Sequence[Reason]:
+            return reasons
+
+        def relative_speed(self, problem: Problem) -> float:
+            return speed
+
+    with registered(Wrong("wrong")):
+        explanation = maxattn.explain(QKV, "block", 4)
+    assert explanation.backend == "sdpa"
+    (answer,) = [candidate for candidate in explanation.candidates if candidate.name == "wrong"]
+    assert answer.reasons[0].code == "crashed"
+    assert told in answer.reasons[0].message
