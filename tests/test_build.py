@@ -168,6 +168,29 @@ def test_wrong_images_are_refused_with_the_shape_that_works() -> None:
         small()(torch.randn(1, 3, 8, 8))
 
 
+def test_integer_images_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"floating point dtype, not torch\.uint8"):
+        small()(torch.zeros(1, 2, 8, 8, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"head_dim": 7}, "head_dim must be a positive int that divides the width 8, not 7"),
+        ({"head_dim": 0}, "head_dim must be a positive int"),
+        ({"axis": "blok"}, "axis must be 'block' or 'grid', not 'blok'"),
+        ({"window": 0}, "window must be at least 1 x 1 token"),
+        ({"window": (7,)}, "window must be an int or two ints"),
+        ({"window": 7.0}, "window must be an int or two ints"),
+        ({"scale": "heads"}, "scale must be 'head_dim', 'width' or a number, not 'heads'"),
+        ({"rel_pos": "tabel"}, "rel_pos must be 'table', 'log_mlp' or 'none', not 'tabel'"),
+    ],
+)
+def test_a_wrong_argument_of_the_attention_module_is_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        maxattn.nn.MaxAttention(8, **{"head_dim": 4, **arguments})
+
+
 def test_reset_classifier_changes_the_outputs_and_the_spec() -> None:
     model = small()
     model.reset_classifier(9)

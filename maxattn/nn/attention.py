@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from maxattn.nn.basic import ACTIVATIONS, token_norm, update
 from maxattn.nn.rel_pos import RelPosLogMLP, RelPosTable
+from maxattn.ops.call import window_pair
 from maxattn.ops.contract import Axis
 from maxattn.ops.max_sa import max_sa
 
@@ -28,7 +29,7 @@ class MaxAttention(nn.Module):
     Shapes: `x (B, H, W, width)` to the same, for any H and W.
 
     Raises:
-        ValueError: if `head_dim` does not divide `width`, or for an invalid axis, window or rel_pos.
+        ValueError: if `head_dim` does not divide `width`, or for an invalid axis, window, scale or rel_pos.
 
     Example:
         >>> import torch, maxattn
@@ -53,11 +54,13 @@ class MaxAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if width % head_dim:
-            raise ValueError(f"head_dim {head_dim} does not divide the width {width}")
+        if head_dim < 1 or width % head_dim:
+            raise ValueError(f"head_dim must be a positive int that divides the width {width}, not {head_dim}")
         if axis not in ("block", "grid"):
             raise ValueError(f"axis must be 'block' or 'grid', not {axis!r}")
-        P_h, P_w = (window, window) if isinstance(window, int) else window
+        if isinstance(scale, str) and scale not in ("head_dim", "width"):
+            raise ValueError(f"scale must be 'head_dim', 'width' or a number, not {scale!r}")
+        P_h, P_w = window_pair(window)
         if P_h < 1 or P_w < 1:
             raise ValueError(f"window must be at least 1 x 1 token, not {P_h} x {P_w}")
         self.axis: Axis = axis

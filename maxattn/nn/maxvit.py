@@ -187,6 +187,8 @@ class MaxViT(nn.Module):
     def _stem(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.spec.in_chans:
             raise ValueError(f"images must be (B, {self.spec.in_chans}, H, W), not {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"images must be of a floating point dtype, not {x.dtype}: scale and normalise them first")
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             # Attention makes the sides constants of a compiled graph; as symbols until there they slow the compiler.
             _ = index(x.shape[2]), index(x.shape[3])

@@ -62,7 +62,7 @@ def describe(
         None if bias is None else bias.device,
         bias is not None and grad and bias.requires_grad,
         axis,
-        _pair(window),
+        window_pair(window),
         scale,
         dropout_p,
         torch.are_deterministic_algorithms_enabled(),
@@ -133,7 +133,8 @@ def check(call: Call) -> None:
         raise ValueError(f"dropout_p must be at least 0 and below 1, not {call.dropout_p}")
 
 
-def _pair(window: int | tuple[int, int]) -> tuple[int, int]:
+def window_pair(window: int | tuple[int, int]) -> tuple[int, int]:
+    """`(P_h, P_w)` of an int, which means square, or of two; a ValueError for anything else."""
     if type(window) is int:
         return window, window
     if isinstance(window, (tuple, list)) and len(window) == 2 and type(window[0]) is type(window[1]) is int:
