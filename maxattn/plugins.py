@@ -60,7 +60,7 @@ def _load() -> Loaded:
     _load_one(loaded, "core", "maxattn", _own_version(), lambda: core_plugin)
     allowed = _allowlist()
     for point in _entry_points(loaded):
-        distribution, version = _origin(point)
+        distribution, version = _origin(point.dist)
         if allowed is not None and point.name not in allowed:
             skipped = f"not loaded: {ALLOWLIST_VARIABLE} does not name it"
             loaded.plugins.append(Plugin(point.name, distribution, version, failure=skipped))
@@ -79,26 +79,19 @@ def _entry_points(loaded: Loaded) -> list[EntryPoint]:
         try:
             points = list(distribution.entry_points.select(group=GROUP))
             if points:
-                found.setdefault(_origin(points[0])[0], points)
+                found.setdefault(_origin(distribution)[0], points)
         except Exception as error:
             failure = f"its entry points cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
             log.warning("%s: %s", distribution, failure)
             told = "".join(traceback.format_exception(error))
-            loaded.plugins.append(Plugin("?", _name(distribution), "?", failure=failure, traceback=told))
+            loaded.plugins.append(Plugin("?", _origin(distribution)[0], "?", failure=failure, traceback=told))
     return sorted((point for points in found.values() for point in points), key=lambda one: (one.name, one.value))
 
 
-def _name(distribution: Distribution) -> str:
+def _origin(distribution: Distribution | None) -> tuple[str, str]:
+    """The name and the version; "?" where an interrupted installation left no metadata."""
     try:
-        return distribution.name or "?"
-    except Exception:
-        return "?"
-
-
-def _origin(point: EntryPoint) -> tuple[str, str]:
-    """The name and the version of the distribution; "?" where an interrupted installation left no metadata."""
-    try:
-        return (point.dist.name or "?", point.dist.version or "?") if point.dist else ("?", "?")
+        return (distribution.name or "?", distribution.version or "?") if distribution else ("?", "?")
     except Exception:
         return "?", "?"
 

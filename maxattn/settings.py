@@ -24,6 +24,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+RELATIVE_WINDOW = r"^img/[1-9]\d*$"
+
 
 def _odd(value: int) -> int:
     if value % 2 == 0:
@@ -35,7 +37,7 @@ def _size(value: Any, relative: bool) -> Any:
     sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else (value,)
     if all(type(side) is int and side > 0 for side in sides):
         return value
-    if relative and isinstance(value, str) and re.fullmatch(r"img/[1-9]\d*", value):
+    if relative and isinstance(value, str) and re.fullmatch(RELATIVE_WINDOW, value):
         return value
     raise ValueError("must be a positive int, or two for height and width" + (", or 'img/K'" if relative else ""))
 
@@ -50,7 +52,7 @@ Activation = Literal["gelu_tanh", "gelu", "silu", "relu"]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 OddInt = Annotated[PositiveInt, AfterValidator(_odd)]
 Pair = tuple[PositiveInt, PositiveInt]
-RelativeWindow = Annotated[str, Field(pattern=r"^img/[1-9]\d*$")]
+RelativeWindow = Annotated[str, Field(pattern=RELATIVE_WINDOW)]
 Window = Annotated[PositiveInt | Pair | RelativeWindow, BeforeValidator(lambda value: _size(value, relative=True))]
 Size = Annotated[PositiveInt | Pair, BeforeValidator(lambda value: _size(value, relative=False))]
 

@@ -47,8 +47,7 @@ if TYPE_CHECKING:
 class _Layer(CommonSettings):
     @model_serializer(mode="wrap")
     def _short(self, handler: SerializerFunctionWrapHandler) -> Any:
-        data = {name: value for name, value in handler(self).items() if name in self.model_fields_set}
-        data = {"kind": self.kind, **data}  # type: ignore[attr-defined]
+        data = {"kind": self.kind, **self._only_what_is_set(handler)}  # type: ignore[attr-defined]
         return data if len(data) > 1 else data["kind"]
 
     @classmethod

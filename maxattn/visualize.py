@@ -186,8 +186,7 @@ def _one_hot(x_BHWC: Tensor, pixel: Pixel) -> Tensor:
 def _pull_back(attention: MaxAttention, x_BHWC: Tensor, weights_HW: Tensor) -> Tensor:
     """The sum over pixels of their weight times their attention map, `(heads, H, W)`: a vector-Jacobian product."""
     with torch.inference_mode(False), torch.no_grad():
-        qkv = attention.qkv(x_BHWC.clone()).unflatten(-1, (3, attention.heads, -1))
-        bias = None if attention.rel_pos is None else attention.rel_pos()
+        qkv, bias = attention.project(x_BHWC.clone())
     with torch.inference_mode(False), torch.enable_grad():
         qkv.requires_grad_()
         out_BHWhd = max_sa(qkv, attention.axis, attention.window, bias, attention.scale, 0.0, attention.backend)

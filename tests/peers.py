@@ -24,4 +24,17 @@ if not hasattr(torch.ops.torchvision, "nms"):
 import timm
 import torchvision
 
-__all__ = ["timm", "torchvision"]
+__all__ = ["small_torchvision", "timm", "torchvision"]
+
+
+def small_torchvision() -> torch.nn.Module:
+    """torchvision's MaxViT-T with one block a stage, for images of 64 pixels and windows of 2."""
+    return torchvision.models.maxvit.MaxVit(
+        input_size=(64, 64),
+        stem_channels=64,
+        partition_size=2,
+        block_channels=[64, 128, 256, 512],
+        block_layers=[1, 1, 1, 1],
+        head_dim=32,
+        stochastic_depth_prob=0.0,
+    )

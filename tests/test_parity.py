@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import timm, torchvision
+from peers import small_torchvision, timm, torchvision
 from random_weights import randomise
 from torch import Tensor, nn
 
@@ -38,16 +38,7 @@ def torchvision_tiny(**changes: Any) -> Networks:
 
 
 def torchvision_shallow() -> Networks:
-    theirs = torchvision.models.maxvit.MaxVit(
-        input_size=(64, 64),
-        stem_channels=64,
-        partition_size=2,
-        block_channels=[64, 128, 256, 512],
-        block_layers=[1, 1, 1, 1],
-        head_dim=32,
-        stochastic_depth_prob=0.0,
-    )
-    return theirs, maxattn.build("maxvit_t", window=2, drop_path_rate=0.0, **SHALLOW)
+    return small_torchvision(), maxattn.build("maxvit_t", window=2, drop_path_rate=0.0, **SHALLOW)
 
 
 def same_weights(networks: Networks, dtype: torch.dtype = torch.float64) -> Networks:

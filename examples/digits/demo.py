@@ -145,8 +145,7 @@ def evaluate(classifier: Classifier, held_out: Images) -> Measured:
 def kernel(classifier: Classifier, pixels: Tensor) -> str:
     """The kernel that the chosen backend runs in the first attention."""
     attention, x = attended(classifier.model, classifier.prepare(pixels))[0]
-    qkv = attention.qkv(x).unflatten(-1, (3, attention.heads, -1))
-    bias = None if attention.rel_pos is None else attention.rel_pos()
+    qkv, bias = attention.project(x)
     return maxattn.explain(qkv, attention.axis, attention.window, bias, attention.scale).kernel
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from maxattn.nn.basic import ACTIVATIONS, token_norm, update
 from maxattn.nn.rel_pos import RelPosLogMLP, RelPosTable
-from maxattn.ops.call import window_pair
+from maxattn.ops.call import check_groups, window_pair
 from maxattn.ops.contract import Axis
 from maxattn.ops.max_sa import max_sa
 
@@ -56,15 +56,11 @@ class MaxAttention(nn.Module):
         super().__init__()
         if head_dim < 1 or width % head_dim:
             raise ValueError(f"head_dim must be a positive int that divides the width {width}, not {head_dim}")
-        if axis not in ("block", "grid"):
-            raise ValueError(f"axis must be 'block' or 'grid', not {axis!r}")
         if isinstance(scale, str) and scale not in ("head_dim", "width"):
             raise ValueError(f"scale must be 'head_dim', 'width' or a number, not {scale!r}")
-        P_h, P_w = window_pair(window)
-        if P_h < 1 or P_w < 1:
-            raise ValueError(f"window must be at least 1 x 1 token, not {P_h} x {P_w}")
         self.axis: Axis = axis
-        self.window = (P_h, P_w)
+        self.window = window_pair(window)
+        check_groups(self.axis, self.window)
         self.heads = width // head_dim
         self.scale = {"head_dim": head_dim**-0.5, "width": width**-0.5}[scale] if isinstance(scale, str) else scale
         self.attn_drop = attn_drop
@@ -74,9 +70,13 @@ class MaxAttention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x_BHWC: Tensor) -> Tensor:
+    def project(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `max_sa` is given: qkv `(B, H, W, 3, heads, head_dim)`, and the bias `(heads, N, N)` or None."""
         qkv_BHW3hd = self.qkv(x_BHWC).unflatten(-1, (3, self.heads, -1))
-        bias = None if self.rel_pos is None else self.rel_pos()
+        return qkv_BHW3hd, None if self.rel_pos is None else self.rel_pos()
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        qkv_BHW3hd, bias = self.project(x_BHWC)
         dropout_p = self.attn_drop if self.training else 0.0
         out_BHWhd = max_sa(qkv_BHW3hd, self.axis, self.window, bias, self.scale, dropout_p, self.backend)
         return self.proj_drop(self.proj(out_BHWhd.flatten(-2)))

@@ -109,11 +109,8 @@ def check(call: Call) -> None:
         raise TypeError(f"qkv must be float16, bfloat16, float32 or float64, not {call.dtype}")
     if call.last_stride != 1 and shape[5] != 1 and shape[0] != 0:
         raise ValueError(f"the last stride of qkv must be 1, not {call.last_stride}: call qkv.contiguous() first")
-    if call.axis not in ("block", "grid"):
-        raise ValueError(f"axis must be 'block' or 'grid', not {call.axis!r}")
+    check_groups(call.axis, call.window)
     P_h, P_w = call.window
-    if P_h < 1 or P_w < 1:
-        raise ValueError(f"window must be at least 1 x 1 token, not {P_h} x {P_w}")
     if call.bias_shape is not None:
         expected = (shape[4], P_h * P_w, P_h * P_w)
         if call.bias_shape != expected:
@@ -131,6 +128,14 @@ def check(call: Call) -> None:
         raise ValueError(f"scale must be a finite number or None, not {call.scale}")
     if not 0.0 <= call.dropout_p < 1.0:
         raise ValueError(f"dropout_p must be at least 0 and below 1, not {call.dropout_p}")
+
+
+def check_groups(axis: str, window: tuple[int, int]) -> None:
+    """Raise ValueError for an axis that there is not, or a window without tokens."""
+    if axis not in ("block", "grid"):
+        raise ValueError(f"axis must be 'block' or 'grid', not {axis!r}")
+    if min(window) < 1:
+        raise ValueError(f"window must be at least 1 x 1 token, not {window[0]} x {window[1]}")
 
 
 def window_pair(window: int | tuple[int, int]) -> tuple[int, int]:

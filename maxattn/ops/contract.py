@@ -87,9 +87,9 @@ class Problem:
             f"{self.axis} {self.window[0]}x{self.window[1]}",
             f"image {size}",
             f"{self.heads} heads of {self.head_dim}",
-            str(self.dtype).removeprefix("torch."),
+            _short(self.dtype),
             self.device + (" sm{}{}".format(*self.compute_capability) if self.compute_capability else ""),
-            "no bias" if self.bias is None else f"bias {str(self.bias).removeprefix('torch.')}",
+            "no bias" if self.bias is None else f"bias {_short(self.bias)}",
         ]
         gradients = [name for name, on in (("qkv", self.requires_grad), ("bias", self.bias_requires_grad)) if on]
         facts.append(f"gradient of {' and '.join(gradients)}" if gradients else "no gradient")
@@ -228,5 +228,9 @@ def _dot(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
+def _short(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
 def _names(values: frozenset[str] | frozenset[torch.dtype]) -> str:
-    return ", ".join(sorted(str(value).removeprefix("torch.") for value in values))
+    return ", ".join(sorted(map(_short, values)))

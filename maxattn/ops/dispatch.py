@@ -131,22 +131,23 @@ def traced_override() -> str | None:
     return _traced_override.names
 
 
-def asked(argument: str | None, context: str | None) -> tuple[str | None, str | None, str | None]:
-    """What the first of the three ways to force a backend says that says anything; the environment is read last."""
+def asked(argument: str | None, context: str | None) -> tuple[str, str | None]:
+    """Who asks for a backend, and for which: the argument, else `use_backend`, else the environment, else nobody."""
     if argument is not None:
-        return argument, None, None
+        return "backend argument", argument
     if context is not None:
-        return None, context, None
-    return None, None, os.environ.get(ENVIRONMENT_VARIABLE, "").strip(", ") or None
+        return "use_backend", context
+    names = os.environ.get(ENVIRONMENT_VARIABLE, "").strip(", ")
+    return (ENVIRONMENT_VARIABLE, names) if names else ("automatic", None)
 
 
-def choose(problem: Problem, argument: str | None, context: str | None, environment: str | None) -> Backend:
-    """The backend for `problem`, given what each of the three ways to force one says (None: nothing).
+def choose(problem: Problem, asked_by: str, names: str | None) -> Backend:
+    """The backend for `problem`, given what `asked` says.
 
     Raises:
         BackendUnavailableError: if a forced choice cannot serve the problem, or no backend at all can.
     """
-    explanation = _explain(problem, argument, context, environment)
+    explanation = _explain(problem, asked_by, names)
     if explanation.backend is None:
         raise _unavailable(explanation)
     log.log(logging.INFO if not explanation.asked_for else logging.DEBUG, "%s", explanation)
@@ -169,8 +170,8 @@ def list_backends() -> list[str]:
     return sorted(registry.backends())
 
 
-def _explain(problem: Problem, argument: str | None, context: str | None, environment: str | None) -> Explanation:
-    asked_by, asked_for = _asked(argument, context, environment)
+def _explain(problem: Problem, asked_by: str, names: str | None) -> Explanation:
+    asked_for = () if names is None else _split_names(names)
     known = registry.backends()
     answers = {name: _answer(backend, problem) for name, backend in known.items()}
     ranked = sorted(answers.values(), key=lambda answer: (not answer.able, -answer.relative_speed, answer.name))
@@ -181,15 +182,6 @@ def _explain(problem: Problem, argument: str | None, context: str | None, enviro
     chosen = next((answer.name for answer in pool if answer.able), None)
     kernel = _kernel(known[chosen], problem) if chosen else ""
     return Explanation(problem, chosen, kernel, asked_by, asked_for, (*ranked, *unknown))
-
-
-def _asked(argument: str | None, context: str | None, environment: str | None) -> tuple[str, tuple[str, ...]]:
-    for asked_by, names in (("backend argument", argument), ("use_backend", context)):
-        if names is not None:
-            return asked_by, _split_names(names)
-    if environment:
-        return ENVIRONMENT_VARIABLE, _split_names(environment)
-    return "automatic", ()
 
 
 def _split_names(names: str) -> tuple[str, ...]:

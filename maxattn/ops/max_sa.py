@@ -104,10 +104,10 @@ def explain(
 
 
 @lru_cache(maxsize=4096)
-def _plan(call: Call, argument: str | None, context: str | None, environment: str | None) -> Plan:
+def _plan(call: Call, asked_by: str, names: str | None) -> Plan:
     check(call)
     problem = problem_of(call, dispatch.compute_capability(call.device))
-    return Plan(dispatch.choose(problem, argument, context, environment), problem)
+    return Plan(dispatch.choose(problem, asked_by, names), problem)
 
 
 registry.on_change(_plan.cache_clear)

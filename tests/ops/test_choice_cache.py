@@ -21,18 +21,6 @@ from maxattn import Capabilities, Reason
 from maxattn.ops.registry import registered
 
 
-@pytest.fixture
-def a() -> Iterator[Recording]:
-    with registered(Recording("a")) as backend:
-        yield backend
-
-
-@pytest.fixture
-def b() -> Iterator[Recording]:
-    with registered(Recording("b")) as backend:
-        yield backend
-
-
 @contextmanager
 def deterministic_algorithms() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)

@@ -17,18 +17,6 @@ from maxattn.ops.registry import registered
 
 
 @pytest.fixture
-def a() -> Iterator[Recording]:
-    with registered(Recording("a")) as backend:
-        yield backend
-
-
-@pytest.fixture
-def b() -> Iterator[Recording]:
-    with registered(Recording("b")) as backend:
-        yield backend
-
-
-@pytest.fixture
 def c() -> Iterator[Recording]:
     with registered(Recording("c")) as backend:
         yield backend

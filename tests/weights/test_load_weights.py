@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peers import timm, torchvision
+from peers import small_torchvision, timm, torchvision
 from random_weights import randomise, small
 from torch import Tensor, nn
 
@@ -148,18 +148,6 @@ class TestWritesIntoTheModel:
             assert factor == factors[len(q)]
             assert torch.equal(q, (expected_q.double() * factor).float())
             assert all(map(torch.equal, kv, expected_kv))
-
-
-def small_torchvision() -> nn.Module:
-    return torchvision.models.maxvit.MaxVit(
-        input_size=(64, 64),
-        stem_channels=64,
-        partition_size=2,
-        block_channels=[64, 128, 256, 512],
-        block_layers=[1, 1, 1, 1],
-        head_dim=32,
-        stochastic_depth_prob=0.0,
-    )
 
 
 def without(name: str) -> Callable[[State], State]:
