@@ -5,11 +5,15 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
+import sys
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, distributions
+from time import perf_counter
 
 import pluggy
 
@@ -24,7 +28,11 @@ log = logging.getLogger("maxattn")
 
 @dataclass(frozen=True)
 class Plugin:
-    """One installed plugin and how loading it went; `failure` is empty if it went well."""
+    """One installed plugin and how loading it went; `failure` is empty if it went well.
+
+    A distribution that does not tell its name is given by the path of its metadata. `seconds` is what importing the
+    plugin and calling its hook took.
+    """
 
     name: str
     distribution: str
@@ -32,6 +40,7 @@ class Plugin:
     backends: tuple[str, ...] = ()
     failure: str = ""
     traceback: str = ""
+    seconds: float = 0.0
 
 
 class PluginError(Exception):
@@ -79,43 +88,64 @@ def _entry_points(loaded: Loaded) -> list[EntryPoint]:
         try:
             points = list(distribution.entry_points.select(group=GROUP))
             if points:
-                found.setdefault(_origin(distribution)[0], points)
+                found.setdefault(re.sub("[-_.]+", "-", _origin(distribution)[0]).lower(), points)
         except Exception as error:
-            failure = f"its entry points cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
-            log.warning("%s: %s", distribution, failure)
-            told = "".join(traceback.format_exception(error))
-            loaded.plugins.append(Plugin("?", _origin(distribution)[0], "?", failure=failure, traceback=told))
+            name, version = _origin(distribution)
+            failure = f"its entry points cannot be read: {_told(error)}"
+            log.warning("%s: %s", name, failure)
+            loaded.plugins.append(Plugin("?", name, version, failure=failure, traceback=_traceback(error)))
     return sorted((point for points in found.values() for point in points), key=lambda one: (one.name, one.value))
 
 
 def _origin(distribution: Distribution | None) -> tuple[str, str]:
-    """The name and the version; "?" where an interrupted installation left no metadata."""
+    """The name and the version; where an interrupted installation left none, the path of the metadata and "?"."""
+    path = str(getattr(distribution, "_path", "?"))
     try:
-        return (distribution.name or "?", distribution.version or "?") if distribution else ("?", "?")
+        return (distribution.name or path, distribution.version or "?") if distribution else (path, "?")
     except Exception:
-        return "?", "?"
+        return path, "?"
 
 
 def _load_one(loaded: Loaded, name: str, distribution: str, version: str, load_object: Callable[[], object]) -> None:
+    start = perf_counter()
     try:
-        backends = _backends_of(name, load_object())
-        for backend in backends:
-            if backend.name in loaded.backends:
-                raise PluginError(
-                    f"backend {backend.name!r} is provided by two distributions, {loaded.owners[backend.name]} and "
-                    f"{distribution}: uninstall one, or leave one out of {ALLOWLIST_VARIABLE}"
-                )
-    except (Exception, SystemExit) as error:
-        failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        with redirect_stdout(sys.stderr):  # a plugin's chatter would spoil a command's JSON
+            backends = _backends_of(name, load_object())
+        _check_unclaimed(loaded, backends, distribution)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit(), and the panics of extension modules
+        failure, seconds = _told(error), perf_counter() - start
         log.warning("plugin %s of %s is installed but failed: %s", name, distribution, failure)
-        loaded.plugins.append(
-            Plugin(name, distribution, version, failure=failure, traceback="".join(traceback.format_exception(error)))
-        )
+        loaded.plugins.append(Plugin(name, distribution, version, (), failure, _traceback(error), seconds))
         return
     for backend in backends:
         loaded.backends[backend.name] = backend
         loaded.owners[backend.name] = distribution
-    loaded.plugins.append(Plugin(name, distribution, version, tuple(backend.name for backend in backends)))
+    names = tuple(backend.name for backend in backends)
+    loaded.plugins.append(Plugin(name, distribution, version, names, seconds=perf_counter() - start))
+
+
+def _told(error: BaseException) -> str:
+    """The error's kind and message in one line, as a traceback ends."""
+    try:
+        message = " ".join(str(error).split())
+    except Exception:
+        message = "<exception str() failed>"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+def _check_unclaimed(loaded: Loaded, backends: list[Backend], distribution: str) -> None:
+    for backend in backends:
+        if backend.name in loaded.backends:
+            raise PluginError(
+                f"backend {backend.name!r} is provided by two distributions, {loaded.owners[backend.name]} and "
+                f"{distribution}: uninstall one, or leave one out of {ALLOWLIST_VARIABLE}"
+            )
 
 
 def _backends_of(name: str, plugin: object) -> list[Backend]:
@@ -154,8 +184,13 @@ def _checked(backend: object) -> Backend:
     name = getattr(backend, "name", None)
     if not isinstance(name, str) or not name.isidentifier():
         raise PluginError(f"a backend's name must be an identifier, not {name!r}")
-    if not isinstance(backend.capabilities, Capabilities):
-        raise PluginError(f"backend {name!r}: capabilities must be maxattn.Capabilities, not {backend.capabilities!r}")
+    facts = backend.capabilities
+    if not isinstance(facts, Capabilities):
+        raise PluginError(f"backend {name!r}: capabilities must be maxattn.Capabilities, not {facts!r}")
+    for fact in ("devices", "dtypes", "bias_dtypes"):
+        value = getattr(facts, fact)
+        if not isinstance(value, frozenset) and (value is not None or fact == "dtypes"):
+            raise PluginError(f"backend {name!r}: {fact} of its capabilities must be a frozenset, not {value!r}")
     if backend.api_version[0] != API_VERSION[0]:
         seen, ours = (".".join(map(str, version)) for version in (backend.api_version, API_VERSION))
         raise PluginError(f"backend {name!r} is written for plugin API {seen}, this maxattn has {ours}")

@@ -1,6 +1,6 @@
 """Plugins are found, guarded one by one, and reported; ours come through the same hook.
 
-The plugins here are real distributions, a module and its metadata on the path of a fresh interpreter.
+The plugins here are real distributions, installed by pip on the path of a fresh interpreter.
 """
 
 from __future__ import annotations
@@ -8,152 +8,74 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from plugin_zoo import BROKEN, FINE, HOOK, RAISING, distribution_of, install, install_all
 
 import maxattn
 from maxattn import core_plugin, hookspecs
-
-MODULE = """
-import torch
-from maxattn import Backend, Capabilities, max_sa
-from maxattn.hookspecs import hookimpl
-
-class Own(Backend):
-    name = "{plugin}"
-
-    def attend(self, qkv, bias, problem):
-        return max_sa(qkv, problem.axis, problem.window, bias, backend="naive") + 1
-
-"""
-
-HOOK = """
-@hookimpl
-def maxattn_backends():
-    return [Own()]
-"""
-
-# The code of each plugin, after MODULE, that is fine; and of each that is not, with a part of the failure reported.
-FINE = {
-    "fine": HOOK,
-    "newer_minor": "Own.api_version = (1, 7)\n" + HOOK,
-    "asks_while_it_is_loaded": "import maxattn\nmaxattn.list_backends()\n" + HOOK,
-}
-BROKEN = {
-    "without_the_hook": ("", "hook maxattn_backends is missing; it must return a list of backends"),
-    "forgets_to_return": (
-        "@hookimpl\ndef maxattn_backends():\n    [Own()]\n",
-        "hook maxattn_backends returned None; it must return a list of backends",
-    ),
-    "import_error": ("import a_library_that_is_missing\n", "No module named 'a_library_that_is_missing'"),
-    "crash": ("1 / 0\n", "ZeroDivisionError: division by zero"),
-    "exit": ("raise SystemExit('I leave')\n", "SystemExit: I leave"),
-    "syntax_error": ("def\n", "SyntaxError: invalid syntax"),
-    "crash_in_hook": ("@hookimpl\ndef maxattn_backends():\n    1 / 0\n", "ZeroDivisionError: division by zero"),
-    "no_list": (HOOK.replace("[Own()]", "Own()"), "'Own' object is not iterable"),
-    "a_class": (
-        HOOK.replace("Own()", "Own"),
-        "must return instances of maxattn.Backend, not <class 'a_class_mod.Own'>",
-    ),
-    "a_string": (HOOK.replace("Own()", "'naive'"), "must return instances of maxattn.Backend, not 'naive'"),
-    "abstract": ("del Own.attend\nOwn.__abstractmethods__ = frozenset({'attend'})\n" + HOOK, "abstract"),
-    "unnamed": ("del Own.name\n" + HOOK, "a backend's name must be an identifier, not None"),
-    "misnamed": ("Own.name = 'my-own'\n" + HOOK, "a backend's name must be an identifier, not 'my-own'"),
-    "capabilities": (
-        "Own.capabilities = {'bias': True}\n" + HOOK,
-        "backend 'capabilities': capabilities must be maxattn.Capabilities, not {'bias': True}",
-    ),
-    "too_new": (
-        "Own.api_version = (2, 0)\n" + HOOK,
-        "backend 'too_new' is written for plugin API 2.0, this maxattn has 1.0",
-    ),
-    "kwargs_of_hook": (
-        "@hookimpl\ndef maxattn_backends(**options):\n    return [Own()]\n",
-        "hook maxattn_backends takes **options: name the arguments it uses instead",
-    ),
-    "kwargs_of_attend": (
-        "Own.attend = lambda self, qkv, bias, problem, **kwargs: qkv[:, :, :, 2]\n" + HOOK,
-        "backend 'kwargs_of_attend': attend takes **kwargs; its arguments are qkv, bias, problem",
-    ),
-    "unknown_argument": ("@hookimpl\ndef maxattn_backends(device):\n    return [Own()]\n", "Argument(s) {'device'}"),
-    "unknown_hook": (HOOK + "@hookimpl\ndef maxattn_nonsense():\n    return []\n", "unknown hook 'maxattn_nonsense'"),
-    "unmarked": (
-        "def maxattn_backends():\n    return [Own()]\n",
-        "hook maxattn_backends is not marked: put @maxattn.hookspecs.hookimpl above it",
-    ),
-    "same_name_twice": (HOOK.replace("Own()", "Own(), Own()"), "'same_name_twice' is given twice by the same plugin"),
-    "takes_naive": (
-        "Own.name = 'naive'\n" + HOOK,
-        "backend 'naive' is provided by two distributions, maxattn and takes-naive-dist: uninstall one",
-    ),
-    "takes_fine": (
-        "Own.name = 'fine'\n" + HOOK,
-        "backend 'fine' is provided by two distributions, fine-dist and takes-fine-dist: uninstall one",
-    ),
-}
 
 REPORT = """
 import dataclasses, json, torch, maxattn
 loaded = maxattn.plugins.load()
 qkv = torch.randn(1, 4, 4, 3, 1, 2)
+explanation = maxattn.explain(qkv, window=2)
+answers = {one.name: [str(reason) for reason in one.reasons] for one in explanation.candidates}
 naive = maxattn.max_sa(qkv, window=2, backend="naive")
+equal = {name: maxattn.max_sa(qkv, window=2, backend=name).equal(naive) for name in answers if not answers[name]}
 print(json.dumps({
-    "plugins": {plugin.name: dataclasses.asdict(plugin) for plugin in loaded.plugins},
+    "plugins": [dataclasses.asdict(plugin) for plugin in loaded.plugins],
     "backends": maxattn.list_backends(),
     "owners": loaded.owners,
-    "added": {
-        name: (maxattn.max_sa(qkv, window=2, backend=name) - naive).mean().item() for name in maxattn.list_backends()
-    },
+    "chosen": explanation.backend,
+    "answers": answers,
+    "equal": equal,
 }))
 """
 
 
-def install(site: Path, plugin: str, code: str, *, metadata: bool = True) -> None:
-    """Put a distribution with one plugin into `site`, as an installer does."""
-    (site / f"{plugin}_mod.py").write_text(MODULE.format(plugin=plugin) + code)
-    folder = site / f"{plugin}_dist-1.2.dist-info"
-    folder.mkdir(parents=True)
-    (folder / "entry_points.txt").write_text(f"[maxattn]\n{plugin} = {plugin}_mod\n")
-    if metadata:
-        name = f"{plugin}-dist".replace("_", "-")
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
-
-
-def report(site: Path, **environment: str) -> dict[str, Any]:
-    """What a fresh interpreter with `site` on its path finds; `log` is what it wrote to stderr."""
-    path = os.pathsep.join([str(site), str(Path(maxattn.__file__).parents[1])])
-    run = subprocess.run(
-        [sys.executable, "-c", REPORT],
-        env={**os.environ, "PYTHONPATH": path, **environment},
+def python(program: str, *path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a fresh interpreter with `path` before this maxattn on its path."""
+    folders = os.pathsep.join(map(str, [*path, Path(maxattn.__file__).parents[1]]))
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": folders, **environment},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+
+
+def report(*path: Path, **environment: str) -> dict[str, Any]:
+    """What a fresh interpreter with `path` finds, and nothing else on its stdout; `log` is what it wrote to stderr."""
+    run = python(REPORT, *path, **environment)
     assert run.returncode == 0, run.stderr
     return {**json.loads(run.stdout), "log": run.stderr}
 
 
+def plugin_of(found: dict[str, Any], name: str) -> dict[str, Any]:
+    (plugin,) = [plugin for plugin in found["plugins"] if plugin["name"] == name]
+    return plugin
+
+
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All plugins above installed at once, good and bad."""
+    """The whole zoo installed at once, and a plugin whose module is gone."""
     site = tmp_path_factory.mktemp("site")
-    for plugin, code in FINE.items():
-        install(site, plugin, code)
-    for plugin, (code, _) in BROKEN.items():
-        install(site, plugin, code)
-    install(site, "no_metadata", HOOK, metadata=False)
-    install(site, "no_module", HOOK)
+    install_all(site)
+    install(site, [("no_module", HOOK)])
     (site / "no_module_mod.py").unlink()
     return report(site)
 
 
 def test_the_cores_backends_come_through_the_hook(crowded: dict[str, Any]) -> None:
-    core = crowded["plugins"]["core"]
+    core = plugin_of(crowded, "core")
     assert (core["distribution"], core["version"]) == ("maxattn", maxattn.__version__)
     assert core["backends"] == ["naive", "sdpa"]
     assert hasattr(core_plugin.maxattn_backends, "maxattn_impl")
@@ -161,55 +83,105 @@ def test_the_cores_backends_come_through_the_hook(crowded: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("plugin", FINE)
 def test_a_plugin_is_loaded_beside_all_that_are_broken(crowded: dict[str, Any], plugin: str) -> None:
-    found = crowded["plugins"][plugin]
+    found = plugin_of(crowded, plugin)
     assert found["failure"] == found["traceback"] == ""
-    assert found["distribution"] == f"{plugin}-dist".replace("_", "-")
+    assert found["distribution"] == distribution_of(plugin)
     assert found["version"] == "1.2"
     assert found["backends"] == [plugin]
-    assert crowded["added"][plugin] == pytest.approx(1.0)
+    assert crowded["answers"][plugin] == []
+    assert crowded["equal"][plugin]
     assert crowded["owners"][plugin] == found["distribution"]
 
 
 @pytest.mark.parametrize(("plugin", "failure"), [(plugin, failure) for plugin, (_, failure) in BROKEN.items()])
 def test_a_broken_plugin_is_recorded_with_what_is_wrong(crowded: dict[str, Any], plugin: str, failure: str) -> None:
-    found = crowded["plugins"][plugin]
+    found = plugin_of(crowded, plugin)
     assert failure in found["failure"]
     assert "\n" not in found["failure"]
-    assert found["traceback"].startswith("Traceback")
+    assert found["traceback"].startswith(("Traceback", "  File"))
+    last_line = found["traceback"].splitlines()[-1].strip()
+    assert re.sub(r"^[\w.]+\.(?=\w+:)", "", last_line) in found["failure"]
     assert found["backends"] == []
-    distribution = f"{plugin}-dist".replace("_", "-")
-    assert f"plugin {plugin} of {distribution} is installed but failed: {found['failure']}" in crowded["log"]
+    assert f"plugin {plugin} of {distribution_of(plugin)} is installed but failed: {found['failure']}" in crowded["log"]
 
 
 def test_no_backend_of_a_broken_plugin_is_there_and_no_other_is_missing(crowded: dict[str, Any]) -> None:
-    expected = {"naive", "sdpa", "no_metadata", *FINE}
-    assert expected <= set(crowded["backends"])
-    assert not set(crowded["backends"]) & set(BROKEN)
-    assert crowded["added"]["naive"] == 0.0
+    assert set(crowded["backends"]) == {"naive", "sdpa", *FINE, *RAISING}
     assert crowded["owners"]["naive"] == crowded["owners"]["sdpa"] == "maxattn"
 
 
-def test_a_distribution_without_metadata_is_loaded_under_an_unknown_name(crowded: dict[str, Any]) -> None:
-    found = crowded["plugins"]["no_metadata"]
-    assert (found["distribution"], found["version"], found["failure"]) == ("?", "?", "")
+@pytest.mark.parametrize("plugin", RAISING)
+def test_a_backend_that_raises_when_it_is_asked_is_not_able_and_says_why(crowded: dict[str, Any], plugin: str) -> None:
+    assert plugin_of(crowded, plugin)["failure"] == ""
+    assert crowded["answers"][plugin] == ["its own check failed: LookupError: asked and failed"]
+    assert f"backend {plugin} failed while it was asked about" in crowded["log"]
+    assert crowded["chosen"] not in RAISING
 
 
 def test_an_entry_point_to_nothing_is_recorded(crowded: dict[str, Any]) -> None:
-    assert "No module named 'no_module_mod'" in crowded["plugins"]["no_module"]["failure"]
+    assert "No module named 'no_module_mod'" in plugin_of(crowded, "no_module")["failure"]
+
+
+def test_the_time_that_loading_took_is_the_plugins_own(crowded: dict[str, Any]) -> None:
+    assert plugin_of(crowded, "slow")["seconds"] >= 1.2
+    assert 0 < plugin_of(crowded, "fine")["seconds"] < 1
+    assert 0 < plugin_of(crowded, "crash")["seconds"] < 1
+
+
+def test_what_a_plugin_prints_goes_to_stderr(crowded: dict[str, Any]) -> None:
+    assert "I am imported\nI am asked\n" in crowded["log"]  # that stdout holds JSON alone is shown by `report`
+
+
+def test_an_interrupt_while_a_plugin_is_loaded_ends_the_program(tmp_path: Path) -> None:
+    install(tmp_path, [("interrupted", "raise KeyboardInterrupt\n"), ("other", HOOK)])
+    run = python("import maxattn; maxattn.list_backends(); print('went on')", tmp_path)
+    assert run.returncode != 0
+    assert run.stdout == ""
+    assert run.stderr.endswith("KeyboardInterrupt\n")
+
+
+def test_distributions_without_metadata_are_told_apart_by_its_path(tmp_path: Path) -> None:
+    install(tmp_path, [("fine", HOOK), ("other", HOOK), ("crash", "1 / 0\n")])
+    for plugin in ("fine", "other", "crash"):
+        (tmp_path / f"{plugin}_dist-1.2.dist-info" / "METADATA").unlink()
+    found = report(tmp_path)
+    assert {"naive", "sdpa", "fine", "other"} == set(found["backends"])
+    for plugin in ("fine", "other", "crash"):
+        path = str(tmp_path / f"{plugin}_dist-1.2.dist-info")
+        assert (plugin_of(found, plugin)["distribution"], plugin_of(found, plugin)["version"]) == (path, "?")
+
+
+def test_two_distributions_without_metadata_that_claim_one_name_are_both_named(tmp_path: Path) -> None:
+    install(tmp_path, [("first", HOOK), ("second", "Own.name = 'first'\n" + HOOK)])
+    paths = [tmp_path / f"{plugin}_dist-1.2.dist-info" for plugin in ("first", "second")]
+    for path in paths:
+        (path / "METADATA").unlink()
+    failure = plugin_of(report(tmp_path), "second")["failure"]
+    assert f"backend 'first' is provided by two distributions, {paths[0]} and {paths[1]}: uninstall one" in failure
+
+
+@pytest.mark.parametrize("spelling", ["fine-dist", "Fine_Dist"])
+def test_a_distribution_hides_later_ones_of_its_name_on_the_path(tmp_path: Path, spelling: str) -> None:
+    for folder in ("first", "later"):
+        install(tmp_path / folder, [("fine", f"print('the {folder}')\n" + HOOK)])
+    metadata = tmp_path / "later" / "fine_dist-1.2.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text("utf-8").replace("fine-dist", spelling), "utf-8")
+    found = report(tmp_path / "first", tmp_path / "later")
+    assert plugin_of(found, "fine")["failure"] == ""
+    assert "the first" in found["log"]
 
 
 @pytest.mark.parametrize(
     ("allowed", "loaded"), [("", []), ("fine", ["fine"]), (" other , fine ,", ["fine", "other"]), ("nobody", [])]
 )
 def test_only_what_the_allowlist_names_is_imported(tmp_path: Path, allowed: str, loaded: list[str]) -> None:
-    for plugin in ("fine", "other"):
-        install(tmp_path, plugin, f"print('{plugin} is imported', file=__import__('sys').stderr)\n" + HOOK)
+    install(tmp_path, [(plugin, f"print('{plugin} is imported')\n" + HOOK) for plugin in ("fine", "other")])
     found = report(tmp_path, MAXATTN_PLUGINS=allowed)
     assert {"naive", "sdpa", *loaded} == set(found["backends"])
     for plugin in ("fine", "other"):
         assert (f"{plugin} is imported" in found["log"]) == (plugin in loaded)
         failure = "" if plugin in loaded else "not loaded: MAXATTN_PLUGINS does not name it"
-        assert found["plugins"][plugin]["failure"] == failure
+        assert plugin_of(found, plugin)["failure"] == failure
 
 
 def test_every_hook_is_documented() -> None:
@@ -224,10 +196,10 @@ def test_every_hook_is_documented() -> None:
     "content", [b"[console_scripts]\nbroken\n", b"[maxattn]\n\xff\xfe = x\n"], ids=["text", "bytes"]
 )
 def test_entry_points_that_cannot_be_read_hide_only_their_own(tmp_path: Path, content: bytes) -> None:
-    install(tmp_path, "fine", HOOK)
-    install(tmp_path, "torn", HOOK)
+    install(tmp_path, [("fine", HOOK), ("torn", HOOK)])
     (tmp_path / "torn_dist-1.2.dist-info" / "entry_points.txt").write_bytes(content)
-    found = report(tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    assert {"naive", "sdpa", "fine"} <= set(found["backends"])
-    assert found["plugins"]["?"]["failure"].startswith("its entry points cannot be read: ")
-    assert found["plugins"]["?"]["distribution"] == "torn-dist"
+    found = report(tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")  # torch itself reads all entry points, unguarded
+    assert {"naive", "sdpa", "fine"} == set(found["backends"])
+    assert plugin_of(found, "?")["failure"].startswith("its entry points cannot be read: ")
+    assert plugin_of(found, "?")["distribution"] == "torn-dist"
+    assert f"torn-dist: {plugin_of(found, '?')['failure']}" in found["log"]

@@ -17,14 +17,17 @@ from maxattn import BackendUnavailableError, __version__
 from maxattn.cli import (
     backend_commands,
     bench_commands,
+    check_commands,
     doctor_commands,
     explain_commands,
+    plugin_commands,
     spec_commands,
     train_commands,
 )
 
 BAD_INPUT = (
     BackendUnavailableError,
+    FileExistsError,
     FileNotFoundError,
     IsADirectoryError,
     NotADirectoryError,
@@ -105,5 +108,14 @@ def _log_to_stderr() -> Iterator[None]:
         log.setLevel(level)
 
 
-for commands in (train_commands, doctor_commands, backend_commands, explain_commands, spec_commands, bench_commands):
+for commands in (
+    train_commands,
+    doctor_commands,
+    backend_commands,
+    check_commands,
+    explain_commands,
+    spec_commands,
+    bench_commands,
+    plugin_commands,
+):
     commands.register(app)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,8 +22,14 @@ from maxattn import plugins
 from maxattn.bench import cpu_model, device_types
 from maxattn.cli.output import JsonOption, print_json, print_table
 from maxattn.cli.self_check import Check, check_backend
+from maxattn.ops.contract import Problem
 from maxattn.ops.dispatch import ENVIRONMENT_VARIABLE, compute_capability
+from maxattn.ops.max_sa import explain
 from maxattn.ops.registry import backends
+
+SLOW_SECONDS = 1.0
+"""A plugin that takes longer to load makes every program wait that asks for a backend."""
+SMALL = Problem(axis="block", window=(7, 7), batch=1, height=14, width=14, heads=1, head_dim=32)
 
 
 def register(app: typer.Typer) -> None:
@@ -31,20 +41,34 @@ def doctor(as_json: JsonOption = False) -> None:
 
     The exit code is 1 if something is broken. Lists versions, devices, environment variables and plugins, and has
     every backend compute small problems, forward and backward, on each kind of device that it can use: the results must
-    agree with the specification, which is `naive` in fp64.
+    agree with the specification, which is `naive` in fp64. A plugin that fails is shown with its error, and stops no
+    other; `--json` has its traceback.
 
     \b
     Example:
       $ maxattn doctor
       $ maxattn doctor --json
     """
-    facts = _facts()
+    with _nothing_told_twice():
+        facts = _facts()
     if as_json:
         print_json(facts)
     else:
         _print(facts)
     if facts["problems"]:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _nothing_told_twice() -> Iterator[None]:
+    """Leave stdout to the facts, whatever backends print, and unless asked for do not log what is in them anyway."""
+    log, handler = logging.getLogger("maxattn"), logging.NullHandler()
+    log.addHandler(handler)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        log.removeHandler(handler)
 
 
 def _facts() -> dict[str, Any]:
@@ -56,13 +80,20 @@ def _facts() -> dict[str, Any]:
         for check in check_backend(backend, device)
     ]
     environment = {name: os.environ.get(name) for name in (ENVIRONMENT_VARIABLE, plugins.ALLOWLIST_VARIABLE)}
+    problems = (
+        _plugin_problems(loaded),
+        _environment_problems(loaded, environment),
+        _check_problems(checks),
+        _kernel_problems(),
+    )
     return {
         "versions": _versions(),
         "devices": _devices(),
         "environment": environment,
         "plugins": loaded.plugins,
         "checks": checks,
-        "problems": [*_plugin_problems(loaded), *_environment_problems(loaded, environment), *_check_problems(checks)],
+        "problems": [problem for found in problems for problem in found],
+        "notes": _slow_plugins(loaded),
     }
 
 
@@ -117,6 +148,15 @@ def _plugin_problems(loaded: plugins.Loaded) -> list[str]:
     ]
 
 
+def _slow_plugins(loaded: plugins.Loaded) -> list[str]:
+    return [
+        f"plugin {plugin.name} of {plugin.distribution} took {plugin.seconds:.1f} s to load: "
+        "import its library at first use, inside attend"
+        for plugin in loaded.plugins
+        if plugin.seconds > SLOW_SECONDS
+    ]
+
+
 def _environment_problems(loaded: plugins.Loaded, environment: dict[str, str | None]) -> list[str]:
     """Names in the variables that stand for nothing installed; a list of backends may have some, but not only such."""
     known = {
@@ -140,11 +180,29 @@ def _names(text: str | None) -> list[str]:
 
 
 def _check_problems(checks: Iterable[Check]) -> list[str]:
+    """A line for each thing that is wrong with a backend on a device, with the problems that show it."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for check in checks:
+        if check.status == "failed":
+            found.setdefault((check.backend, check.device, check.detail), []).append(check.problem)
     return [
-        f"backend {check.backend} failed on {check.device} ({check.problem}): {check.detail}"
-        for check in checks
-        if check.status == "failed"
+        f"backend {backend} failed on {device} ({first}{f'; and {len(others)} more' if others else ''}): {detail}"
+        for (backend, device, detail), (first, *others) in found.items()
     ]
+
+
+def _kernel_problems() -> Iterator[str]:
+    """Backends that can serve a problem, but cannot tell by which kernel."""
+    for device in device_types():
+        capability = compute_capability(torch.device(device))
+        problem = replace(SMALL, device=device, compute_capability=capability)
+        for backend in backends().values():
+            if explain(problem, backend=backend.name).backend is None:
+                continue
+            try:
+                backend.kernel(problem)
+            except Exception as error:
+                yield f"backend {backend.name} cannot tell its kernel on {device}: {type(error).__name__}: {error}"
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -157,9 +215,11 @@ def _print(facts: dict[str, Any]) -> None:
     print_table(("", ""), environment, title="\nEnvironment")
     print_table(("plugin", "distribution", "version", "backends"), found, title="\nPlugins")
     print_table(("backend", "device", "result"), _check_rows(facts["checks"]), title="\nSelf check")
-    problems = facts["problems"]
-    lines = ["Problems:", *(f"- {problem}" for problem in problems)] if problems else ["Everything works."]
-    typer.echo("\n".join(["", *lines]))
+    if not facts["problems"]:
+        typer.echo("\nEverything works.")
+    for title in ("problems", "notes"):
+        if facts[title]:
+            typer.echo("\n".join([f"\n{title.capitalize()}:", *(f"- {told}" for told in facts[title])]))
 
 
 def _outcome(plugin: plugins.Plugin) -> str:

@@ -203,7 +203,7 @@ def _answer(backend: Backend, problem: Problem) -> Candidate:
         speed = float(backend.relative_speed(problem)) if not reasons else 0.0
         if math.isnan(speed):
             raise ValueError("relative_speed() is not a number")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         log.warning("backend %s failed while it was asked about %s", backend.name, problem, exc_info=True)
         reasons, speed = [Reason("crashed", f"its own check failed: {type(error).__name__}: {error}")], 0.0
     return Candidate(backend.name, tuple(reasons), speed)

@@ -51,14 +51,19 @@ class Naive(Backend):
         inside_GN = ((y < H)[:, None, :, None] & (x < W)[None, :, None, :]).reshape(G, N)
         pixel_GN = (y.clamp(max=H - 1)[:, None, :, None] * W + x.clamp(max=W - 1)[None, :, None, :]).reshape(G, N)
         qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).reshape(B, H * W, 3, h, d)
-        q, k, v = qkv[:, pixel_GN].permute(3, 0, 1, 4, 2, 5)  # each (B, G, h, N, d)
+        tokens = qkv[:, pixel_GN].masked_fill(~inside_GN[:, :, None, None, None], 0.0)
+        q, k, v = tokens.permute(3, 0, 1, 4, 2, 5)  # each (B, G, h, N, d)
 
         logits = q @ k.transpose(-2, -1) * problem.softmax_scale
         if bias is not None:
             logits = logits + bias.to(logits.dtype)
         logits = logits.masked_fill(~inside_GN[:, None, None, :], float("-inf"))
-        weights = F.dropout(logits.softmax(-1), problem.dropout_p)
+        weights = self.drop(logits.softmax(-1), problem)
         out = (weights @ v).transpose(2, 3).reshape(B, n_h, n_w, P_h, P_w, h, d)
 
         out = out[:, y_group[:, None], x_group[None, :], y_token[:, None], x_token[None, :]]
         return out.to(problem.dtype).contiguous()
+
+    def drop(self, weights: Tensor, problem: Problem) -> Tensor:
+        """Dropout of attention weights `(B, G, h, N, N)`; a method, so that a test can say which are dropped."""
+        return F.dropout(weights, problem.dropout_p)

@@ -16,6 +16,9 @@ from maxattn.ops.contract import Backend, Capabilities, Problem, Reason
 LARGEST_BATCH = 65_535
 """CUDA kernels put the batch on a grid axis of 16 bits: more windows than this fail or are declined silently."""
 
+ALIGNMENT = 16
+"""Bytes that the fused CUDA kernels read at a time."""
+
 
 class Sdpa(Backend):
     """Partition, one call of PyTorch's kernel per size of group, merge. The bias is broadcast over the windows."""
@@ -77,17 +80,37 @@ def _attend_windows(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tenso
 
 def _attend_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
     """Attention of `(windows, heads, tokens, head_dim)` by PyTorch's kernel."""
-    if bias is not None:
-        bias = bias.unsqueeze(0) if problem.device == "cpu" else bias.to(q.dtype).unsqueeze(0)
-    return F.scaled_dot_product_attention(q, k, v, bias, problem.dropout_p, scale=problem.softmax_scale)
+    if problem.device == "cpu":
+        bias = None if bias is None else bias.unsqueeze(0)
+        return F.scaled_dot_product_attention(q, k, v, bias, problem.dropout_p, scale=problem.softmax_scale)
+    bias = None if bias is None else bias.to(q.dtype)
+    if not problem.compiling:  # a compiler cannot trace the question, and lays out its own tensors
+        q, k, v, bias = _aligned(q), _aligned(k), _aligned(v), None if bias is None else _aligned(bias)
+    mask = None if bias is None else bias.unsqueeze(0)
+    out = F.scaled_dot_product_attention(q, k, v, mask, problem.dropout_p, scale=problem.softmax_scale)
+    if out.requires_grad and not problem.compiling:
+        out.register_hook(_aligned)
+    return out
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, copied unless it starts, and steps, by multiples of 16 bytes: else the fused CUDA kernels may fail."""
+    steps = (x.storage_offset(), *x.stride()[:-1])
+    aligned = all(step * x.element_size() % ALIGNMENT == 0 for step in steps)
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _needs_math(problem: Problem) -> bool:
-    """The fused CUDA kernels sum the bias gradient in no fixed order, and fail where only the bias needs one."""
+    """Where the fused CUDA kernels are wrong.
+
+    They sum the bias gradient in no fixed order, and fail where only the bias needs one; give NaN gradients for a scale
+    of 0; and return None for an empty batch.
+    """
     if problem.device != "cuda":
         return False
     only_bias = problem.bias_requires_grad and not problem.requires_grad
-    return only_bias or (problem.deterministic and problem.differentiated)
+    in_no_order = problem.deterministic and problem.differentiated
+    return only_bias or in_no_order or problem.scale == 0 or problem.batch == 0
 
 
 def _inner_kernel(problem: Problem) -> AbstractContextManager[None]:

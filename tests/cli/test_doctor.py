@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import plugin_zoo
 import pytest
 import torch
+from plugin_zoo import BROKEN, FINE, RAISING, distribution_of
 from typer.testing import Result
 
 import maxattn
@@ -80,30 +83,39 @@ class Plain(Naive):
     capabilities = maxattn.Capabilities(bias=False, backward=False, ragged=False)
 
 
+class Chatty(Naive):
+    name = "chatty"
+
+    def unsupported(self, problem):
+        print("I am asked")
+        return []
+
+    def attend(self, qkv, bias, problem):
+        print("I attend")
+        return super().attend(qkv, bias, problem)
+
+
 @hookimpl
 def maxattn_backends():
-    return [Wrong(), WrongGradient(), NotANumber(), WrongShape(), Crashing(), Undecided(), Elsewhere(), Plain()]
+    kinds = (Wrong, WrongGradient, NotANumber, WrongShape, Crashing, Undecided, Elsewhere, Plain, Chatty)
+    return [kind() for kind in kinds]
 """
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two installed distributions: one whose plugin gives faulty backends, one whose plugin cannot be imported."""
+    """A distribution whose plugin gives faulty backends, beside the whole zoo of plugins."""
     folder = tmp_path_factory.mktemp("site")
-    for name, code in (("faulty", PLUGINS), ("absent", "import a_library_that_is_not_there")):
-        (folder / f"maxattn_{name}.py").write_text(code, encoding="utf-8")
-        info = folder / f"maxattn_{name}-1.2.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: maxattn-{name}\nVersion: 1.2\n", encoding="utf-8")
-        (info / "entry_points.txt").write_text(f"[maxattn]\n{name} = maxattn_{name}\n", encoding="utf-8")
+    plugin_zoo.install_all(folder)
+    plugin_zoo.install(folder, [("faulty", PLUGINS)])
     return folder
 
 
-def doctor(installed: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def doctor(installed: Path, *arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     others = {name: value for name, value in os.environ.items() if not name.startswith("MAXATTN_")}
     path = os.pathsep.join([str(REPOSITORY), str(installed), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-m", "maxattn", "doctor", *arguments],
+        [sys.executable, "-m", "maxattn", *before.split(), "doctor", *arguments],
         env={**others, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
@@ -116,6 +128,10 @@ def faults(installed: Path) -> dict[str, Any]:
     finished = doctor(installed, "--json")
     assert finished.returncode == 1, finished.stderr
     return json.loads(finished.stdout)
+
+
+def plugin_of(facts: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(plugin for plugin in facts["plugins"] if plugin["name"] == name)
 
 
 def checks(facts: dict[str, Any], backend: str) -> list[dict[str, Any]]:
@@ -162,21 +178,49 @@ def test_a_list_of_backends_may_hold_some_that_are_not_installed(run: Run, monke
     assert json.loads(run("doctor", "--json").stdout)["problems"] == []
 
 
-def test_a_plugin_that_does_not_load_is_told_with_its_error(faults: dict[str, Any]) -> None:
-    absent = next(plugin for plugin in faults["plugins"] if plugin["name"] == "absent")
-    assert (absent["distribution"], absent["version"], absent["backends"]) == ("maxattn-absent", "1.2", [])
-    assert absent["failure"] == "ModuleNotFoundError: No module named 'a_library_that_is_not_there'"
-    assert "Traceback" in absent["traceback"]
-    assert any("plugin absent of maxattn-absent: installed, but failed:" in problem for problem in faults["problems"])
+@pytest.mark.parametrize("plugin", BROKEN)
+def test_a_plugin_that_does_not_load_is_told_with_its_tracebacks_last_line(plugin: str, faults: dict[str, Any]) -> None:
+    found = plugin_of(faults, plugin)
+    assert (found["distribution"], found["version"], found["backends"]) == (distribution_of(plugin), "1.2", [])
+    told = f"plugin {plugin} of {distribution_of(plugin)}: installed, but failed: {found['failure']}"
+    assert told in faults["problems"]
+    last_line = found["traceback"].splitlines()[-1].strip()
+    assert re.sub(r"^[\w.]+\.(?=\w+:)", "", last_line) in told
+
+
+@pytest.mark.parametrize("plugin", FINE)
+def test_a_sound_plugin_is_told_with_its_backends_beside_broken_ones(plugin: str, faults: dict[str, Any]) -> None:
+    assert plugin_of(faults, plugin)["backends"] == [plugin]
+    assert {check["status"] for check in checks(faults, plugin)} == {"ok"}
+
+
+@pytest.mark.parametrize("plugin", RAISING)
+def test_a_backend_that_raises_when_it_is_asked_is_a_problem(plugin: str, faults: dict[str, Any]) -> None:
+    told = [problem for problem in faults["problems"] if f"backend {plugin} " in problem]
+    shown = "block, full, float32; and 7 more"
+    assert told == [f"backend {plugin} failed on cpu ({shown}): its own check failed: LookupError: asked and failed"]
+
+
+def test_a_backend_that_cannot_tell_its_kernel_is_a_problem(faults: dict[str, Any]) -> None:
+    told = [problem for problem in faults["problems"] if "raises_in_kernel" in problem]
+    assert told == ["backend raises_in_kernel cannot tell its kernel on cpu: LookupError: asked and failed"]
+
+
+def test_a_plugin_that_is_slow_to_load_is_noted_and_is_no_problem(faults: dict[str, Any]) -> None:
+    assert plugin_of(faults, "slow")["seconds"] > 1
+    (note,) = (note for note in faults["notes"] if note.startswith("plugin slow "))
+    assert note.startswith("plugin slow of slow-dist took 1.")
+    assert note.endswith(" s to load: import its library at first use, inside attend")
+    assert not any("slow" in problem for problem in faults["problems"])
 
 
 @pytest.mark.parametrize(
     ("backend", "failing", "detail"),
     [
-        ("wrong", 2, "output is off by"),
-        ("wrong_gradient", 4, "gradient of qkv is off by"),
-        ("not_a_number", 8, "output is off by nan"),
-        ("wrong_shape", 8, "the output is (2, 14, 10, 64) float32, not (2, 14, 10, 2, 32) float32"),
+        ("wrong", 2, "out (max): error "),
+        ("wrong_gradient", 4, "dv (max): error "),
+        ("not_a_number", 8, "out (max): error nan"),
+        ("wrong_shape", 8, "the output is (2, 14, 10, 64), not (2, 14, 10, 2, 32)"),
         ("crashing", 8, "RuntimeError: the kernel is gone"),
         ("undecided", 8, "its own check failed: KeyError"),
     ],
@@ -198,6 +242,10 @@ def test_the_self_check_tells_a_fault_of_one_axis_from_the_other(faults: dict[st
     }
 
 
+def test_what_a_backend_prints_is_not_among_the_facts(faults: dict[str, Any]) -> None:
+    assert {check["status"] for check in checks(faults, "chatty")} == {"ok"}  # `faults` is all of stdout, read as JSON
+
+
 def test_a_backend_for_other_machines_is_no_problem(faults: dict[str, Any]) -> None:
     assert {check["status"] for check in checks(faults, "elsewhere")} == {"unable"}
     assert checks(faults, "elsewhere")[0]["detail"] == "no support for cpu (devices: abacus)"
@@ -213,10 +261,19 @@ def test_the_sound_backends_pass_beside_faulty_ones(faults: dict[str, Any]) -> N
     assert {check["status"] for backend in ("naive", "sdpa") for check in checks(faults, backend)} == {"ok"}
 
 
-def test_the_text_lists_problems_and_a_plugin_left_out_is_none(installed: Path) -> None:
-    finished = doctor(installed, MAXATTN_PLUGINS="absent")
+def test_the_text_lists_problems_and_notes_and_a_plugin_left_out_is_neither(installed: Path) -> None:
+    finished = doctor(installed, MAXATTN_PLUGINS="import_error,slow")
     assert finished.returncode == 1
-    failure = "installed, but failed: ModuleNotFoundError: No module named 'a_library_that_is_not_there'"
-    assert f"absent  maxattn-absent  1.2      {failure}\n" in finished.stdout
-    assert "faulty  maxattn-faulty  1.2      not loaded: MAXATTN_PLUGINS does not name it\n" in finished.stdout
-    assert finished.stdout.endswith(f"Problems:\n- plugin absent of maxattn-absent: {failure}\n")
+    failure = "installed, but failed: ModuleNotFoundError: No module named 'a_library_that_is_missing'"
+    rows = [re.sub(" +", " ", line) for line in finished.stdout.splitlines()]
+    assert f"import_error import-error-dist 1.2 {failure}" in rows
+    assert "faulty faulty-dist 1.2 not loaded: MAXATTN_PLUGINS does not name it" in rows
+    assert rows[-6:-2] == ["", "Problems:", f"- plugin import_error of import-error-dist: {failure}", ""]
+    assert rows[-2] == "Notes:"
+    assert rows[-1].startswith("- plugin slow of slow-dist took 1.")
+
+
+def test_what_is_told_as_a_fact_is_not_logged_as_well_unless_that_is_asked_for(installed: Path) -> None:
+    assert doctor(installed, MAXATTN_PLUGINS="import_error,raises_in_unsupported").stderr == ""
+    logged = doctor(installed, before="--verbose", MAXATTN_PLUGINS="import_error").stderr
+    assert "plugin import_error of import-error-dist is installed but failed" in logged

@@ -7,12 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
 from torch import Tensor
 
 import maxattn
 from maxattn import Backend, Problem
+from maxattn.ops.contract import Axis
 from maxattn.ops.registry import registered
+from maxattn.testing.case import Case, Inputs
+from maxattn.testing.failure import CheckFailed
+from maxattn.testing.observe import attend_by, observe, within_budget
 
 Attend = Callable[[Tensor, Tensor, Problem], Tensor]
 
@@ -54,7 +57,7 @@ def bias_of_the_next_head(qkv: Tensor, bias: Tensor, problem: Problem) -> Tensor
 def zero_padding_as_keys(qkv: Tensor, bias: Tensor, problem: Problem) -> Tensor:
     H, W = qkv.shape[1:3]
     padded = F.pad(qkv, (0, 0, 0, 0, 0, 0, 0, -W % problem.window[1], 0, -H % problem.window[0]))
-    return exact(padded, bias, problem)[:, :H, :W]
+    return exact(padded, bias, problem)[:, :H, :W].contiguous()
 
 
 def keys_transposed_with_values(qkv: Tensor, bias: Tensor, problem: Problem) -> Tensor:
@@ -113,6 +116,28 @@ ANY_DTYPE = [
 SINGLE_PRECISION = [bias_in_bf16, qkv_in_bf16, scale_off_by_1_percent]
 
 
+def assert_within_budget(attend: Attend, axis: Axis, qkv: Tensor, bias: Tensor) -> None:
+    """Give `attend` to the budget as a backend, on an image of ragged windows."""
+    batch, height, width, _, heads, head_dim = qkv.shape
+    problem = Problem(
+        axis=axis,
+        window=(4, 4),
+        batch=batch,
+        height=height,
+        width=width,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=qkv.dtype,
+        bias=bias.dtype,
+        requires_grad=qkv.requires_grad,
+        bias_requires_grad=bias.requires_grad,
+    )
+    grad_out = torch.randn(qkv[:, :, :, 0].shape, generator=torch.Generator().manual_seed(0)).to(qkv.dtype)
+    inputs, case = Inputs(qkv, bias, grad_out), Case(problem=problem)
+    with registered(Spoilt(attend)):
+        within_budget(observe(attend_by("spoilt", case), inputs, case), inputs, case)
+
+
 class Spoilt(Backend):
     name = "spoilt"
 
@@ -138,23 +163,22 @@ def in_dtypes(problem: tuple[Tensor, Tensor], dtype: torch.dtype, bias_dtype: to
 @pytest.mark.parametrize("mistake", [*ANY_DTYPE, *SINGLE_PRECISION])
 def test_rejects_a_mistake_in_single_precision(mistake: Attend, problem: tuple[Tensor, Tensor]) -> None:
     qkv, bias = problem
-    with registered(Spoilt(mistake)), pytest.raises(AssertionError, match="spoilt is over the error budget"):
-        assert_within_budget(qkv, "grid", (4, 4), bias, backend="spoilt")
+    with pytest.raises(CheckFailed, match="over the error budget"):
+        assert_within_budget(mistake, "grid", qkv, bias)
 
 
 @pytest.mark.parametrize("mistake", ANY_DTYPE)
 @pytest.mark.parametrize("bias_dtype", [torch.bfloat16, torch.float32])
 def test_rejects_a_mistake_in_bf16(mistake: Attend, bias_dtype: torch.dtype, problem: tuple[Tensor, Tensor]) -> None:
     qkv, bias = in_dtypes(problem, torch.bfloat16, bias_dtype)
-    with registered(Spoilt(mistake)), pytest.raises(AssertionError, match="spoilt is over the error budget"):
-        assert_within_budget(qkv, "block", (4, 4), bias, backend="spoilt")
+    with pytest.raises(CheckFailed, match="over the error budget"):
+        assert_within_budget(mistake, "block", qkv, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_accepts_the_specification(dtype: torch.dtype, problem: tuple[Tensor, Tensor]) -> None:
     qkv, bias = in_dtypes(problem, dtype, dtype)
-    with registered(Spoilt(exact)):
-        assert_within_budget(qkv, "grid", (4, 4), bias, backend="spoilt")
+    assert_within_budget(exact, "grid", qkv, bias)
 
 
 def test_accepts_attention_weights_rounded_to_the_dtype_of_qkv(problem: tuple[Tensor, Tensor]) -> None:
@@ -164,15 +188,11 @@ def test_accepts_attention_weights_rounded_to_the_dtype_of_qkv(problem: tuple[Te
         return maxattn.max_sa(qkv, problem.axis, problem.window, bias, backend="sdpa")
 
     qkv, bias = in_dtypes(problem, torch.bfloat16, torch.bfloat16)
-    with registered(Spoilt(fused)):
-        assert_within_budget(qkv, "grid", (4, 4), bias.detach(), backend="spoilt")
+    assert_within_budget(fused, "grid", qkv, bias.detach())
 
 
 def test_names_what_is_over_and_by_how_much(problem: tuple[Tensor, Tensor]) -> None:
     qkv, bias = problem
-    with (
-        registered(Spoilt(no_gradient_of_bias)),
-        pytest.raises(AssertionError, match=r"dbias \(max\): error .*, allowed") as caught,
-    ):
-        assert_within_budget(qkv, "grid", (4, 4), bias, backend="spoilt")
+    with pytest.raises(CheckFailed, match=r"dbias \(max\): error .*, allowed") as caught:
+        assert_within_budget(no_gradient_of_bias, "grid", qkv, bias)
     assert "dq" not in str(caught.value)

@@ -1,0 +1,154 @@
+"""What a backend says about itself, and that it holds to it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from maxattn.ops.call import DTYPES
+from maxattn.ops.contract import API_VERSION, Capabilities, Problem, Reason
+from maxattn.ops.dispatch import BackendUnavailableError
+from maxattn.testing import strategies
+from maxattn.testing.case import Case
+from maxattn.testing.failure import NotApplicable, require
+from maxattn.testing.observe import deterministic
+from maxattn.testing.registry import check
+from maxattn.testing.subject import Subject, full_windows
+
+
+@check("the backend has a name, an API version and facts, and attend takes just qkv, bias and problem")
+def interface(subject: Subject) -> None:
+    backend = subject.backend
+    require(isinstance(backend.name, str) and backend.name.isidentifier(), f"name {backend.name!r} is no identifier")
+    require(backend.api_version[0] == API_VERSION[0], f"api_version is {backend.api_version}, not {API_VERSION}")
+    require(isinstance(backend.capabilities, Capabilities), f"capabilities are {backend.capabilities!r}")
+    names = [str(parameter) for parameter in inspect.signature(backend.attend).parameters.values()]
+    bare = [name.split(":")[0] for name in names]
+    require(bare == ["qkv", "bias", "problem"], f"attend takes ({', '.join(bare)}), not (qkv, bias, problem)")
+    subject.count()
+
+
+@check("whether it can serve a problem is always told, as reasons, the same each time")
+def answers(subject: Subject) -> None:
+    subject.try_drawn(subject.all_cases(), lambda case: _check_answers(subject, case.problem))
+
+
+def _check_answers(subject: Subject, problem: Problem) -> None:
+    backend, told = subject.backend, []
+    variants = [problem, replace(problem, batch=None, compiling=True), replace(problem, batch=0)]
+    variants += [replace(problem, batch=None, height=None, width=None, compiling=True, exporting=True)]
+    variants += [replace(problem, dropout_p=0.5), replace(problem, deterministic=True)]
+    for each in (*variants, *variants):
+        reasons = backend.capabilities.unsupported(each) or backend.unsupported(each)
+        require(isinstance(reasons, Sequence), f"unsupported() returns {reasons!r}, not a list of maxattn.Reason")
+        for reason in reasons:
+            require(isinstance(reason, Reason), f"unsupported() must give maxattn.Reason, not {reason!r}")
+            require(bool(reason.code) and bool(reason.message), f"a reason needs a code and a message: {reason!r}")
+        speed, kernel = backend.relative_speed(each), backend.kernel(each)
+        require(math.isfinite(speed) and speed >= 0, f"relative_speed() is {speed!r}, not a finite number from 0 up")
+        require(isinstance(kernel, str), f"kernel() returns {kernel!r}, not a text")
+        told.append([reason.code for reason in reasons])
+    require(told[: len(variants)] == told[len(variants) :], f"unsupported() changes its mind: {told}")
+
+
+@check("every declared fact holds for some problem at least: none is declared that is always declined")
+def declared_is_served(subject: Subject) -> None:
+    for fact, change in _declared(subject).items():
+        served, reasons = _first_served(subject, change)
+        require(served is not None, f"{fact} is declared, but always declined: {'; '.join(sorted(reasons))}")
+        if served is not None and not (served.problem.compiling or served.problem.dropout_p):
+            subject.try_each([served], subject.verify)
+
+
+def _declared(subject: Subject) -> dict[str, dict[str, Any]]:
+    """What is declared, in words, and the change to a problem that asks for it."""
+    facts, base = subject.facts, subject.base
+    dims, windows = subject.head_dims(strategies.HEAD_DIMS[-1]), subject.windows()
+    features: dict[str, dict[str, Any]] = {
+        "bias_gradient": {"bias": base.bias, "bias_requires_grad": facts.backward and facts.bias},
+        "backward": {"requires_grad": True},
+        "dropout": {"dropout_p": 0.5},
+        "deterministic": {"deterministic": True},
+        "ragged": {"height": 2 * base.window[0] + 1, "window": base.window, "width": base.window[1]},
+        "compile": {"compiling": True},
+        "export": {"compiling": True, "exporting": True},
+    }
+    return {
+        **{f"{dtype}": {"dtype": dtype} for dtype in strategies.dtypes(facts)},
+        **{f"a bias of {dtype}": {"bias": dtype} for dtype in strategies.bias_dtypes(facts)},
+        **{f"head_dim {d}": {"head_dim": d} for d in (dims[0], dims[-1])},
+        **{f"a window of {a} x {b}": full_windows((a, b)) for a, b in (windows[0], windows[-1])},
+        **{name: change for name, change in features.items() if getattr(facts, name)},
+    }
+
+
+def _first_served(subject: Subject, change: dict[str, Any]) -> tuple[Case | None, set[str]]:
+    """The first of many problems with `change` that is not declined; and the reasons of those that are."""
+    dims, windows = subject.head_dims(64), subject.windows()
+    reasons: set[str] = set()
+    for window, d, dtype, bias, gradient in product(
+        (subject.base.window, windows[0], windows[-1]),
+        (subject.base.head_dim, dims[0], dims[-1]),
+        strategies.dtypes(subject.facts),
+        (subject.base.bias, None),
+        (subject.facts.backward, False),
+    ):
+        of_bias = gradient and bias is not None and subject.facts.bias_gradient
+        plain = {**full_windows(window), "head_dim": d, "dtype": dtype, "bias": bias, "requires_grad": gradient}
+        case = Case(problem=subject.base).but(**(plain | {"bias_requires_grad": of_bias} | change))
+        declined = subject.reasons(case.problem)
+        if not declined:
+            return case, set()
+        reasons |= set(map(str, declined))
+    return None, reasons
+
+
+@check("what is not declared is refused with a reason, and attend is not reached")
+def undeclared_is_refused(subject: Subject) -> None:
+    undeclared = _undeclared(subject)
+    if not undeclared:
+        raise NotApplicable("everything is declared")
+    subject.try_each(undeclared, lambda case: _check_refused(subject, case))
+
+
+def _check_refused(subject: Subject, case: Case) -> None:
+    inputs = case.tensors()
+    try:
+        with deterministic(case.problem.deterministic), torch.set_grad_enabled(case.problem.differentiated):
+            subject.attend(case)(inputs.qkv, inputs.bias)
+    except BackendUnavailableError as error:
+        require(any(error.reasons.values()), "it is refused without a reason")
+        return
+    require(False, "it is not declared, but served all the same")
+
+
+def _undeclared(subject: Subject) -> list[Case]:
+    """Cases that differ from one that is served in one undeclared fact."""
+    facts, base = subject.backend.capabilities, Case(problem=subject.base)
+    changes: list[dict[str, Any]] = [{"dtype": dtype} for dtype in DTYPES if dtype not in facts.dtypes]
+    if facts.head_dims is not None:
+        low, high = facts.head_dims
+        changes += [{"head_dim": d} for d in (low - facts.head_dim_multiple, high + facts.head_dim_multiple) if d > 0]
+    if facts.head_dim_multiple > 1:
+        changes.append({"head_dim": subject.base.head_dim + 1})
+    if facts.window_tokens is not None:
+        low, high = facts.window_tokens
+        changes += [full_windows((1, tokens)) for tokens in (low - 1, high + 1) if tokens > 0]
+    if facts.bias_dtypes is not None and facts.bias:
+        changes += [{"bias": dtype} for dtype in DTYPES if dtype not in facts.bias_dtypes]
+    undeclared: dict[str, dict[str, Any]] = {
+        "ragged": {"height": 2 * subject.base.window[0] + 1, "window": subject.base.window},
+        "bias": {"bias": subject.base.dtype},
+        "bias_gradient": {"bias": subject.base.dtype, "bias_requires_grad": True},
+        "backward": {"requires_grad": True},
+        "dropout": {"dropout_p": 0.5},
+        "deterministic": {"deterministic": True},
+    }
+    changes += [change for name, change in undeclared.items() if not getattr(facts, name)]
+    return [base.but(**change) for change in changes]

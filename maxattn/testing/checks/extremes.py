@@ -1,0 +1,93 @@
+"""Sizes at the ends: none, very many, very far apart in memory."""
+
+from __future__ import annotations
+
+import torch
+
+from maxattn.testing import strategies
+from maxattn.testing.budget import collect
+from maxattn.testing.case import Case, Inputs
+from maxattn.testing.failure import NotApplicable, require
+from maxattn.testing.observe import check_output, observe, within_budget
+from maxattn.testing.registry import check, on
+from maxattn.testing.subject import Subject
+
+CUDA_GRID = 65_535
+"""More blocks than this along the second or third axis of a CUDA grid are an error, or worse, ignored."""
+INT32 = 2**31
+
+
+@check("an empty batch gives an empty output, and gradients of zero")
+def empty_batch(subject: Subject) -> None:
+    plain = {"requires_grad": False, "bias_requires_grad": False}
+    subject.try_each(subject.variants({"batch": 0}, {"batch": 0, **plain}), lambda case: _check_empty(subject, case))
+
+
+def _check_empty(subject: Subject, case: Case) -> None:
+    inputs = case.tensors()
+    for name, x in observe(subject.attend(case), inputs, case).items():
+        require(not x.any().item(), f"{name} of an empty batch is not zero")
+
+
+@check("more than 65,535 windows: many images, and many windows in one image")
+def many_windows(subject: Subject) -> None:
+    P_h, P_w = subject.windows(4)[0]
+    sizes = {"window": (P_h, P_w), "heads": 1, "head_dim": subject.head_dims(8)[0]}
+    many_images = {"batch": CUDA_GRID + 3, "height": P_h, "width": P_w}
+    one_image = {"batch": 1, "height": 271 * P_h, "width": 243 * P_w}
+    cheap = [many_images, one_image] if P_h * P_w <= 4 else [many_images]
+    subject.try_each(subject.variants(*cheap, **sizes), lambda case: _check_many(subject, case))
+
+
+def _check_many(subject: Subject, case: Case) -> None:
+    """As `verify`, but for the copies of all memory."""
+    inputs = case.tensors()
+    out = subject.attend(case)(inputs.qkv, inputs.bias)
+    check_output(out, inputs, differentiated=case.problem.differentiated)
+    within_budget(collect(out, inputs.leaves, inputs.grad_out), inputs, case)
+
+
+@check("elements more than 2^31 apart in memory, which 32-bit offsets do not reach")
+def far_apart(subject: Subject) -> None:
+    dtype = strategies.dtypes(subject.facts)[-1]
+    subject.try_each(subject.variants({"dtype": dtype}), lambda case: _check_far_apart(subject, case))
+
+
+def _check_far_apart(subject: Subject, case: Case) -> None:
+    near = case.tensors()
+    try:
+        memory = torch.empty(INT32 + near.qkv[0].numel(), dtype=near.qkv.dtype, device=near.qkv.device)
+    except (RuntimeError, torch.OutOfMemoryError):
+        size = INT32 * near.qkv.element_size() >> 30
+        raise NotApplicable(f"it takes {size} GiB of address space, which cannot be had here") from None
+    far = memory.as_strided(near.qkv.shape, (INT32, *near.qkv.stride()[1:])).copy_(near.qkv.detach())
+    inputs = near._replace(qkv=far.requires_grad_(near.qkv.requires_grad))
+    out = subject.attend(case)(inputs.qkv, inputs.bias)
+    check_output(out, inputs, differentiated=case.problem.differentiated)
+    within_budget(collect(out, inputs.leaves, inputs.grad_out), inputs, case)
+
+
+@check("a tensor of more than 2^31 elements", on("cuda"))
+def large_tensor(subject: Subject) -> None:
+    dtype = strategies.dtypes(subject.facts)[-1]
+    P_h, P_w = subject.base.window
+    sizes = {"batch": 1, "height": 32 * P_h, "width": 32 * P_w, "bias_requires_grad": False, "heads": 4}
+    subject.try_each(subject.variants({"dtype": dtype}, **sizes), lambda case: _check_large(subject, case))
+
+
+def _check_large(subject: Subject, case: Case) -> None:
+    """The same image many times over: the first and the last must come out as one alone does."""
+    one = case.tensors()
+    images = INT32 // one.qkv.numel() + 2
+    needed = 12 * INT32 * one.qkv.element_size()
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        raise NotApplicable(f"it takes {needed >> 30} GiB of memory, {free >> 30} GiB are free")
+    qkv = one.qkv.detach().repeat(images, 1, 1, 1, 1, 1).requires_grad_(one.qkv.requires_grad)
+    grad_out = one.grad_out.repeat(images, 1, 1, 1, 1)
+    many = Inputs(qkv, one.bias, grad_out)
+    out = subject.attend(case)(qkv, one.bias)
+    check_output(out, many, differentiated=case.problem.differentiated)
+    results = collect(out, many.leaves, grad_out)
+    for image in (slice(0, 1), slice(images - 1, images)):
+        within_budget({name: x[image] for name, x in results.items()}, one, case)

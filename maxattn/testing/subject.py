@@ -1,0 +1,187 @@
+"""What a check is given: the backend under test, and ways to try it on cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import hypothesis
+import torch
+from hypothesis.strategies import SearchStrategy
+
+from maxattn.ops.contract import Backend, Capabilities, Problem, Reason
+from maxattn.ops.dispatch import compute_capability
+from maxattn.testing import strategies
+from maxattn.testing.case import Case
+from maxattn.testing.failure import CheckFailed
+from maxattn.testing.observe import Attend, attend_by, verify
+
+Test = Callable[[Case], None]
+PREFERRED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Failing(Exception):  # noqa: N818 - it is no error of the program
+    """A case that fails, the smallest one found, and what it fails with."""
+
+    def __init__(self, case: Case | None, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.case = case
+        self.cause = cause
+
+    @property
+    def fatal(self) -> bool:
+        """Whether the device can do nothing more in this process, as after an illegal access."""
+        return isinstance(self.cause, torch.AcceleratorError)
+
+
+@dataclass
+class Subject:
+    """A backend on a device. `facts` are its capabilities, cut to the dtypes under test; `done` counts the cases."""
+
+    backend: Backend
+    device: str
+    examples: int
+    seed: int
+    dtypes: Sequence[torch.dtype] = ()
+    on_case: Callable[[], None] = lambda: None
+    done: int = field(default=0, init=False)
+
+    @cached_property
+    def facts(self) -> Capabilities:
+        declared = self.backend.capabilities
+        return replace(declared, dtypes=declared.dtypes & set(self.dtypes)) if self.dtypes else declared
+
+    @cached_property
+    def base(self) -> Problem:
+        """A small problem with all that is declared, a bias and gradients: for cases that vary one thing."""
+        P_h, P_w = max(self.windows(16), key=lambda side: (0 < abs(side[0] - side[1]) <= 2, side[0] * side[1], side))
+        capability = compute_capability(torch.device(self.device, 0)) if self.device == "cuda" else None
+        facts, dtype = self.facts, next(dtype for dtype in PREFERRED if dtype in self.facts.dtypes)
+        return Problem(
+            axis="block",
+            window=(P_h, P_w),
+            batch=2,
+            height=2 * P_h,
+            width=2 * P_w,
+            heads=2,
+            head_dim=self.head_dims(16)[-1],
+            dtype=dtype,
+            device=self.device,
+            compute_capability=capability,
+            bias=self._bias_beside(dtype),
+            requires_grad=facts.backward,
+            bias_requires_grad=facts.bias and facts.backward and facts.bias_gradient,
+        )
+
+    def windows(self, most: int = strategies.SMALL_TOKENS) -> list[tuple[int, int]]:
+        return strategies.windows(self.facts, most)
+
+    def head_dims(self, most: int) -> list[int]:
+        return strategies.head_dims(self.facts, most)
+
+    @property
+    def finest_bias(self) -> torch.dtype | None:
+        """The most exact dtype of a bias below fp64 that is declared; None if there may be no bias."""
+        return next((dtype for dtype in PREFERRED if dtype in strategies.bias_dtypes(self.facts)), None)
+
+    def _bias_beside(self, dtype: torch.dtype) -> torch.dtype | None:
+        return dtype if dtype in strategies.bias_dtypes(self.facts) else self.finest_bias
+
+    def attend(self, case: Case) -> Attend:
+        return attend_by(self.backend.name, case)
+
+    def verify(self, case: Case) -> None:
+        """Raise CheckFailed unless the backend serves `case` within the error budget and keeps to the contract."""
+        verify(self.attend(case), case)
+
+    def reasons(self, problem: Problem) -> list[Reason]:
+        """Why the backend declines `problem`; an empty list means that it must serve it."""
+        return self.facts.unsupported(problem) or list(self.backend.unsupported(problem))
+
+    def cases(self, **drawn: Any) -> SearchStrategy[Case]:
+        """Cases that the backend says it serves; arguments as for `strategies.cases`."""
+        return self.served(strategies.cases(self.facts, self.base, **drawn))
+
+    def served(self, drawn: SearchStrategy[Case]) -> SearchStrategy[Case]:
+        """Those of the cases that the backend says it serves."""
+        return drawn.filter(lambda case: not self.reasons(case.problem))
+
+    def all_cases(self) -> SearchStrategy[Case]:
+        """Cases of everything that the facts allow, also such as the backend declines beyond them."""
+        return strategies.cases(self.facts, self.base, **strategies.ANYTHING)
+
+    def variants(self, *changes: dict[str, Any], **fixed: Any) -> list[Case]:
+        """The cases of `base` with each of `changes`, block and grid, that the backend says it serves.
+
+        Another dtype brings a bias of that dtype, where it is declared.
+        """
+        base, found = Case(problem=self.base, seed=self.seed), []
+        for change in changes:
+            with_dtype = "dtype" in change and self.base.bias is not None
+            bias = {"bias": self._bias_beside(change["dtype"])} if with_dtype else {}
+            found += [base.but(**(bias | fixed | change), axis=axis) for axis in strategies.AXES]
+        return [case for case in found if not self.reasons(case.problem)]
+
+    def try_drawn(self, drawn: SearchStrategy[Case], test: Test, *, share: float = 1.0) -> None:
+        """Try `test` on cases that hypothesis draws, for a share of the examples. Raises Failing with the smallest."""
+        failing: list[Failing] = []
+
+        def tried(case: Case) -> None:
+            if failing and failing[-1].fatal:
+                raise failing[-1]
+            try:
+                self._try(test, case)
+            except Exception as error:
+                failing.append(Failing(case, error))
+                raise failing[-1] from error
+            if not failing:
+                self.count()
+
+        explore = hypothesis.settings(
+            max_examples=max(1, round(self.examples * share)),
+            database=None,
+            deadline=None,
+            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+            suppress_health_check=list(hypothesis.HealthCheck),
+            report_multiple_bugs=False,
+            print_blob=False,
+            verbosity=hypothesis.Verbosity.quiet,
+        )
+        try:
+            hypothesis.seed(self.seed)(explore(hypothesis.given(case=drawn)(tried)))()
+        except hypothesis.errors.Unsatisfiable:
+            raise Failing(
+                None, CheckFailed("the backend declines every problem that was drawn from its facts")
+            ) from None
+        except Exception as error:
+            raise (failing[-1] if failing else error) from None
+
+    def try_each(self, cases: Iterable[Case], test: Test) -> None:
+        """Try `test` on every case. Raises Failing with the first that fails."""
+        for case in cases:
+            try:
+                self._try(test, case)
+            except Exception as error:
+                raise Failing(case, error) from error
+            self.count()
+
+    def _try(self, test: Test, case: Case) -> None:
+        """One case; what fails on the device is told here, and not in the next case."""
+        try:
+            test(case)
+        except SystemExit as error:
+            raise CheckFailed("it leaves the program: SystemExit") from error
+        if self.device != "cpu":
+            torch.accelerator.synchronize()
+
+    def count(self) -> None:
+        """One more case is done."""
+        self.done += 1
+        self.on_case()
+
+
+def full_windows(window: tuple[int, int]) -> dict[str, Any]:
+    """The fields of a problem of one image of 2 x 1 full windows."""
+    return {"window": window, "height": 2 * window[0], "width": window[1], "batch": 1}
