@@ -75,7 +75,9 @@ def _check(backend: Backend, device: str, dtype: torch.dtype, axis: Axis, size: 
         case = Case(problem=problem)
         inputs = case.tensors()
         found = shares(observe(attend_by(backend.name, case), inputs, case), inputs, problem)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a backend may even leave the program
         told = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
         return Check(backend.name, device, words, "failed", detail=f"{told}{error}".splitlines()[0])
     over = [

@@ -51,7 +51,7 @@ class Sdpa(Backend):
             mask = q.new_empty(
                 1, problem.heads, problem.tokens, problem.tokens, requires_grad=problem.bias_requires_grad
             )
-        with torch.set_grad_enabled(problem.differentiated):
+        with torch.set_grad_enabled(problem.differentiated), _inner_kernel(problem):
             choice = torch._fused_sdp_choice(q, q, q, mask, problem.dropout_p, scale=problem.softmax_scale)
         return SDPBackend(choice).name.lower().removesuffix("_attention")
 
@@ -101,17 +101,21 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _needs_math(problem: Problem) -> bool:
-    """Where the fused CUDA kernels are wrong.
-
-    They sum the bias gradient in no fixed order, and fail where only the bias needs one; give NaN gradients for a scale
-    of 0; and return None for an empty batch.
-    """
+    """Where the fused CUDA kernels fail, or sum the bias gradient in no fixed order although one is asked for."""
     if problem.device != "cuda":
         return False
     only_bias = problem.bias_requires_grad and not problem.requires_grad
     in_no_order = problem.deterministic and problem.differentiated
-    return only_bias or in_no_order or problem.scale == 0 or problem.batch == 0
+    return only_bias or in_no_order or problem.batch == 0
 
 
 def _inner_kernel(problem: Problem) -> AbstractContextManager[None]:
-    return sdpa_kernel(SDPBackend.MATH) if _needs_math(problem) else nullcontext()
+    """The kernels that PyTorch may choose from.
+
+    cuDNN's gives NaN gradients for a scale that is not positive, and drops the same weights for several queries.
+    """
+    if _needs_math(problem):
+        return sdpa_kernel(SDPBackend.MATH)
+    if problem.device == "cuda" and (problem.softmax_scale <= 0 or problem.dropout_p > 0):
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    return nullcontext()

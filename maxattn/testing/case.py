@@ -77,15 +77,8 @@ VALUES = ("normal", "large", "huge", "constant", "masked", "offset", "zero", "on
 "large" and "huge" give logits of about 60 and 10,000, whose exponentials and, in fp16, whose sums overflow; "constant"
 equal logits; "masked" a bias of -10,000 for about half the keys of each query; "offset" a large term that all logits
 of a query share; "one sign" values and gradients that do not cancel; "scaled gradient" one of 1,000, as a scaled loss
-gives.
-"""
-
-
-CANCELLING = ("cancelling values", "cancelling keys", "cancelling queries")
-"""Values for full windows of an even number of tokens, whose sums have large terms that cancel to a small rest.
-
-All attention weights are equal, so rounding them changes no sum. "values" cancel in the output and in dv, "keys" in dq,
-"queries" in dk: half of the terms are +128, half -128, and one has 1 more.
+gives. Besides, for full windows of an even number of tokens, "cancelling": equal weights, which rounding cannot tell
+apart, on values of which half are 128, half are -128, and one has 1 more.
 """
 
 
@@ -181,8 +174,10 @@ class Case:
                 q_and_k[:, :, :, 1] += 8
             case "zero":
                 qkv.zero_()
-            case "cancelling values" | "cancelling keys" | "cancelling queries":
-                _cancel(qkv, bias, grad_out, problem, self.values.split()[1])
+            case "cancelling":
+                q_and_k.zero_()
+                bias.zero_()
+                qkv[:, :, :, 2] = _cancelling(problem)
             case "scaled gradient":
                 grad_out *= 1000
             case "one sign":
@@ -226,22 +221,15 @@ def memory_of(x: Tensor) -> Tensor:
     return x.detach().as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
 
 
-def _cancel(qkv: Tensor, bias: Tensor, grad_out: Tensor, problem: Problem, what: str) -> None:
-    """Fill the tensors as `CANCELLING` says."""
+def _cancelling(problem: Problem) -> Tensor:
+    """Values `(H, W, 1, 1)` of which, in every window, half are 128, half are -128, and one has 1 more."""
+    _, height, width, *_ = _sizes(problem)
     rows, columns = (
-        groups_and_tokens(size, side, problem.axis, qkv.device)[2]
-        for size, side in zip(qkv.shape[1:3], problem.window, strict=True)
+        groups_and_tokens(size, side, problem.axis, torch.device("cpu"))[2]
+        for size, side in zip((height, width), problem.window, strict=True)
     )
     token = (rows[:, None] * problem.window[1] + columns)[:, :, None, None]
-    sign = 1.0 - 2.0 * (token >= problem.tokens // 2)
-    first = (token == 0).float()
-    q, k, v = qkv.unbind(3)
-    for x in (q, k, bias):
-        x.zero_()
-    for x in (v, grad_out):
-        x.copy_(sign * 128 + first if what == "values" else sign)
-    if what != "values":
-        (k if what == "keys" else q).copy_(128 + first)
+    return torch.where(token < problem.tokens // 2, 128.0, -128.0) + (token == 0)
 
 
 def _sizes(problem: Problem) -> tuple[int, int, int, int, int, int]:

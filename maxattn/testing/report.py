@@ -64,7 +64,14 @@ class Report:
 
     def __str__(self) -> str:
         examples = sum(outcome.examples for outcome in self.checks)
-        verdict = "passes" if self.passed else f"FAILS {len(self.failed)} of {len(self.checks)} checks"
+        tried = any(outcome.status != "not applicable" for outcome in self.checks)
+        verdict = (
+            "nothing was tried"
+            if not tried
+            else "passes"
+            if self.passed
+            else f"FAILS {len(self.failed)} of {len(self.checks)} checks"
+        )
         lines: list[str] = []
         first: dict[str, str] = {}
         for outcome in self.checks:

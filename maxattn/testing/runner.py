@@ -102,6 +102,8 @@ def _require_device(device: str) -> None:
 
 def checks_named(only: Sequence[str]) -> list[Check]:
     """The checks of these names, in the order in which they run; all if none is given."""
+    if isinstance(only, str):
+        raise TypeError(f"only must be a list of names: [{only!r}]")
     for name in only:
         if name not in CHECKS:
             near = get_close_matches(name, CHECKS, n=3)
@@ -118,7 +120,9 @@ def run(check: Check, subject: Subject) -> Outcome:
     try:
         with _default_modes():
             check.run(subject)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a backend may even leave the program
         failing = error if isinstance(error, Failing) else Failing(None, error)
         if isinstance(failing.cause, NotApplicable):
             return Outcome(check.name, check.promise, "not applicable", subject.seed, reason=str(failing.cause))
@@ -157,13 +161,15 @@ def find_backend(backend: Backend | str) -> Backend:
 
 @contextmanager
 def _default_modes() -> Iterator[None]:
-    """Matrix products of `naive` in full precision, and determinism only where a check asks for it."""
+    """Products in full precision, determinism only where a check asks for it; afterwards all as it was before."""
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    warn_only, dtype = torch.is_deterministic_algorithms_warn_only_enabled(), torch.get_default_dtype()
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(False)
     try:
-        yield
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            yield
     finally:
+        torch.set_default_dtype(dtype)
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

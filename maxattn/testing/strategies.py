@@ -18,7 +18,8 @@ from maxattn.ops.contract import Axis, Capabilities, Problem
 from maxattn.testing.case import BIAS_LAYOUTS, GRADIENT_LAYOUTS, QKV_LAYOUTS, VALUES, Case
 
 AXES: tuple[Axis, ...] = ("block", "grid")
-HEAD_DIMS = (1, 2, 3, 4, 5, 8, 12, 16, 20, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256)
+SMALL_HEAD_DIMS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 17, 20, 24, 32, 33, 40, 48, 50, 56, 64, 65, 72, 80, 96, 100)
+HEAD_DIMS = (*SMALL_HEAD_DIMS, 112, 128, 160, 192, 224, 256)
 LARGEST_SIDE = 40
 SMALL_TOKENS = 64
 SCALES = (None, 0.0, 1.0, 0.3, -0.5)
@@ -70,19 +71,20 @@ def problems(
     base: Problem,
     *,
     among: Sequence[tuple[int, int]] = (),
+    groups: int = 3,
     ragged: bool | None = None,
     gradients: Sequence[tuple[bool, bool]] = ((False, False),),
     scales: Sequence[float | None] = (None,),
 ) -> Problem:
     """Small problems that `facts` allow, on the device of `base`.
 
-    `among` are the windows to choose from, by default all small ones. `ragged` asks for sizes that the window does not
-    divide, or for none such; None leaves it open. `gradients` are the choices of whether qkv and whether the bias needs
-    one, cut to what `facts` allow.
+    `among` are the windows to choose from, by default all small ones; `groups` is about how many fit a side at most.
+    `ragged` asks for sizes that the window does not divide, or for none such; None leaves it open. `gradients` are the
+    choices of whether qkv and whether the bias needs one, cut to what `facts` allow.
     """
     allowed = [window for window in among or windows(facts) if not ragged or window != (1, 1)]
     window = draw(st.sampled_from(allowed))
-    sides = partial(_sides, ragged=facts.ragged if ragged is None else ragged, always=bool(ragged))
+    sides = partial(_sides, groups=groups, ragged=facts.ragged if ragged is None else ragged, always=bool(ragged))
     bias = draw(st.sampled_from((*bias_dtypes(facts), None)))
     of_qkv, of_bias = draw(st.sampled_from(gradients))
     height, width = draw(sides(window))
@@ -94,7 +96,7 @@ def problems(
         height=height,
         width=width,
         heads=draw(st.sampled_from((1, 2, 3, 4, 8))),
-        head_dim=draw(st.sampled_from(head_dims(facts, most=128))),
+        head_dim=draw(st.sampled_from(head_dims(facts, most=64)) | st.sampled_from(_any_head_dim(facts))),
         dtype=draw(st.sampled_from(dtypes(facts))),
         bias=bias,
         requires_grad=of_qkv and facts.backward,
@@ -141,11 +143,18 @@ def _up_to(most: int) -> st.SearchStrategy[int]:
     return st.sampled_from(range(1, most + 1))
 
 
-def _sides(window: tuple[int, int], *, ragged: bool, always: bool) -> st.SearchStrategy[tuple[int, int]]:
-    """Heights and widths of up to about three windows a side."""
+def _any_head_dim(facts: Capabilities) -> list[int]:
+    """Every head dim that `facts` allow up to 128, or the smallest."""
+    low, high = facts.head_dims or (1, HEAD_DIMS[-1])
+    allowed = range(-(-low // facts.head_dim_multiple) * facts.head_dim_multiple, high + 1, facts.head_dim_multiple)
+    return [d for d in allowed if d <= 128] or list(allowed[:1])
+
+
+def _sides(window: tuple[int, int], *, groups: int, ragged: bool, always: bool) -> st.SearchStrategy[tuple[int, int]]:
+    """Heights and widths of up to about `groups` windows a side."""
     if not ragged:
-        return st.tuples(*(_up_to(3).map(side.__mul__) for side in window))
-    pairs = st.tuples(*(_up_to(3 * side + 2) for side in window))
+        return st.tuples(*(_up_to(groups).map(side.__mul__) for side in window))
+    pairs = st.tuples(*(_up_to(groups * side + 2) for side in window))
     if not always:
         return pairs
     return pairs.filter(lambda size: size[0] % window[0] != 0 or size[1] % window[1] != 0)

@@ -13,6 +13,7 @@ from torch.export import Dim, export
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from maxattn.testing import strategies
 from maxattn.testing.budget import collect
 from maxattn.testing.case import Case
 from maxattn.testing.failure import NotApplicable, require
@@ -30,6 +31,7 @@ def compiled(subject: Subject) -> None:
     cases = subject.variants(
         {}, {"height": 2 * subject.base.window[0] - 1}, {"bias": None, "bias_requires_grad": False}
     )
+    cases += subject.variants({"dtype": strategies.dtypes(subject.facts)[-1], "scale": 0.3})
     subject.try_each(_served(subject, cases, compiling=True), lambda case: _check_compiled(subject, case, "aot_eager"))
 
 
@@ -44,7 +46,8 @@ def generated(subject: Subject) -> None:
 def _check_compiled(subject: Subject, case: Case, compiler: str) -> None:
     with _fresh_compiler():
         attend = torch.compile(subject.attend(case), fullgraph=True, backend=compiler)
-        for batch in (2, 5, 3):
+        dynamic = not subject.reasons(case.but(batch=None, compiling=True).problem)
+        for batch in (2, 5, 3) if dynamic else (2,):
             verify(attend, case.but(batch=batch))
 
 
@@ -77,7 +80,8 @@ def _check_exported(subject: Subject, case: Case) -> None:
 @check("custom operators pass torch.library.opcheck: their schema, fake and autograd are right", declared("compile"))
 def operators(subject: Subject) -> None:
     plain = {"requires_grad": False, "bias_requires_grad": False}
-    cases = subject.variants({}, plain, {"bias": None, "bias_requires_grad": False})
+    dtypes = [{"dtype": dtype} for dtype in strategies.dtypes(subject.facts)]
+    cases = subject.variants(*dtypes, plain, {"bias": None, "bias_requires_grad": False})
     if not any(_custom_calls(subject, case) for case in cases):
         raise NotApplicable("it calls no operator but PyTorch's own")
     subject.try_each(cases, lambda case: _check_operators(subject, case))

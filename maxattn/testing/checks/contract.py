@@ -36,6 +36,11 @@ def interface(subject: Subject) -> None:
 
 @check("whether it can serve a problem is always told, as reasons, the same each time")
 def answers(subject: Subject) -> None:
+    ends: list[dict[str, Any]] = [{"heads": heads} for heads in (1, 9, 32)]
+    ends += [{"head_dim": d} for d in subject.head_dims(strategies.HEAD_DIMS[-1])]
+    ends += [full_windows(window) for window in subject.windows(1024)[:: -(len(subject.windows(1024)) // -50)]]
+    base = Case(problem=subject.base)
+    subject.try_each([base.but(**end) for end in ends], lambda case: _check_answers(subject, case.problem))
     subject.try_drawn(subject.all_cases(), lambda case: _check_answers(subject, case.problem))
 
 
@@ -59,49 +64,54 @@ def _check_answers(subject: Subject, problem: Problem) -> None:
 
 @check("every declared fact holds for some problem at least: none is declared that is always declined")
 def declared_is_served(subject: Subject) -> None:
-    for fact, change in _declared(subject).items():
-        served, reasons = _first_served(subject, change)
+    for fact, changes in _declared(subject).items():
+        served, reasons = _first_served(subject, changes)
         require(served is not None, f"{fact} is declared, but always declined: {'; '.join(sorted(reasons))}")
         if served is not None and not (served.problem.compiling or served.problem.dropout_p):
             subject.try_each([served], subject.verify)
 
 
-def _declared(subject: Subject) -> dict[str, dict[str, Any]]:
-    """What is declared, in words, and the change to a problem that asks for it."""
+def _declared(subject: Subject) -> dict[str, list[dict[str, Any]]]:
+    """What is declared, in words, and changes to a problem each of which asks for it."""
     facts, base = subject.facts, subject.base
     dims, windows = subject.head_dims(strategies.HEAD_DIMS[-1]), subject.windows()
-    features: dict[str, dict[str, Any]] = {
-        "bias_gradient": {"bias": base.bias, "bias_requires_grad": facts.backward and facts.bias},
-        "backward": {"requires_grad": True},
-        "dropout": {"dropout_p": 0.5},
-        "deterministic": {"deterministic": True},
-        "ragged": {"height": 2 * base.window[0] + 1, "window": base.window, "width": base.window[1]},
-        "compile": {"compiling": True},
-        "export": {"compiling": True, "exporting": True},
+    head_dim_ends = (dims[0], dims[-1]) if facts.head_dims else ()
+    token_ends = sorted({a * b for a, b in (windows[0], windows[-1])}) if facts.window_tokens else ()
+    features: dict[str, list[dict[str, Any]]] = {
+        "bias_gradient": [{"bias": base.bias, "bias_requires_grad": facts.backward and facts.bias}],
+        "backward": [{"requires_grad": True}],
+        "dropout": [{"dropout_p": 0.5}],
+        "deterministic": [{"deterministic": True}],
+        "ragged": [{"window": (a, b), "height": 2 * a - 1, "width": b} for a, b in (base.window, *windows) if a > 1],
+        "compile": [{"compiling": True}],
+        "export": [{"compiling": True, "exporting": True}],
     }
     return {
-        **{f"{dtype}": {"dtype": dtype} for dtype in strategies.dtypes(facts)},
-        **{f"a bias of {dtype}": {"bias": dtype} for dtype in strategies.bias_dtypes(facts)},
-        **{f"head_dim {d}": {"head_dim": d} for d in (dims[0], dims[-1])},
-        **{f"a window of {a} x {b}": full_windows((a, b)) for a, b in (windows[0], windows[-1])},
-        **{name: change for name, change in features.items() if getattr(facts, name)},
+        **{f"{dtype}": [{"dtype": dtype}] for dtype in strategies.dtypes(facts)},
+        **{f"a bias of {dtype}": [{"bias": dtype}] for dtype in strategies.bias_dtypes(facts)},
+        **{f"head_dim {d}": [{"head_dim": d}] for d in head_dim_ends},
+        **{f"a window of {n} tokens": [full_windows((a, b)) for a, b in windows if a * b == n] for n in token_ends},
+        **{name: changes for name, changes in features.items() if getattr(facts, name)},
     }
 
 
-def _first_served(subject: Subject, change: dict[str, Any]) -> tuple[Case | None, set[str]]:
-    """The first of many problems with `change` that is not declined; and the reasons of those that are."""
-    dims, windows = subject.head_dims(64), subject.windows()
+def _first_served(subject: Subject, changes: list[dict[str, Any]]) -> tuple[Case | None, set[str]]:
+    """The first of many problems with one of `changes` that is not declined; and the reasons of those that are."""
+    windows, dims = subject.windows(), subject.head_dims(64)
     reasons: set[str] = set()
-    for window, d, dtype, bias, gradient in product(
+    for change, window, d, dtype, bias, gradient, batch in product(
+        changes,
         (subject.base.window, windows[0], windows[-1]),
         (subject.base.head_dim, dims[0], dims[-1]),
         strategies.dtypes(subject.facts),
         (subject.base.bias, None),
         (subject.facts.backward, False),
+        (1, 2, 8),
     ):
         of_bias = gradient and bias is not None and subject.facts.bias_gradient
         plain = {**full_windows(window), "head_dim": d, "dtype": dtype, "bias": bias, "requires_grad": gradient}
-        case = Case(problem=subject.base).but(**(plain | {"bias_requires_grad": of_bias} | change))
+        plain |= {"bias_requires_grad": of_bias}
+        case = Case(problem=subject.base).but(**(plain | change | {"batch": batch}))
         declined = subject.reasons(case.problem)
         if not declined:
             return case, set()

@@ -31,11 +31,12 @@ def _check_empty(subject: Subject, case: Case) -> None:
 
 @check("more than 65,535 windows: many images, and many windows in one image")
 def many_windows(subject: Subject) -> None:
-    P_h, P_w = subject.windows(4)[0]
+    P_h, P_w = subject.windows(4)[-1]
     sizes = {"window": (P_h, P_w), "heads": 1, "head_dim": subject.head_dims(8)[0]}
     many_images = {"batch": CUDA_GRID + 3, "height": P_h, "width": P_w}
     one_image = {"batch": 1, "height": 271 * P_h, "width": 243 * P_w}
-    cheap = [many_images, one_image] if P_h * P_w <= 4 else [many_images]
+    plain = {"requires_grad": False, "bias_requires_grad": False}
+    cheap = [many_images, one_image] if P_h * P_w <= 4 else [many_images | plain]
     subject.try_each(subject.variants(*cheap, **sizes), lambda case: _check_many(subject, case))
 
 

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 
 from maxattn.testing import strategies
-from maxattn.testing.case import BIAS_LAYOUTS, CANCELLING, GRADIENT_LAYOUTS, QKV_LAYOUTS, VALUES
+from maxattn.testing.case import BIAS_LAYOUTS, GRADIENT_LAYOUTS, QKV_LAYOUTS, VALUES
 from maxattn.testing.failure import NotApplicable
 from maxattn.testing.registry import check, declared
-from maxattn.testing.subject import Subject, full_windows
+from maxattn.testing.subject import SEVERAL_TILES, Subject, full_windows
 
 HEADS = (1, 2, 3, 5, 8, 12, 16, 17, 24, 32)
 EVERY_GRADIENT = ((True, True),)
-SEVERAL_TILES = 144
-"""Tokens of a window that kernels walk in several tiles of keys."""
 
 
 @check("the output is right for full windows in contiguous memory, block and grid, every dtype, with and without bias")
@@ -41,6 +39,12 @@ def ragged(subject: Subject) -> None:
     subject.try_drawn(subject.cases(ragged=True, gradients=EVERY_GRADIENT), subject.verify, share=0.5)
 
 
+@check("images of many windows along both sides, with all that may vary")
+def many_groups(subject: Subject) -> None:
+    drawn = subject.cases(among=subject.windows(12), groups=20, **strategies.ANYTHING)
+    subject.try_drawn(drawn, subject.verify, share=0.3)
+
+
 @check("long and narrow images", declared("ragged"))
 def narrow(subject: Subject) -> None:
     sizes = [(1, 300), (300, 1), (2, 129), (67, 3)]
@@ -52,11 +56,16 @@ def scale(subject: Subject) -> None:
     subject.try_each(subject.variants(*({"scale": scale} for scale in strategies.SCALES)), subject.verify)
 
 
-@check("heads from 1 to 32, and every declared head dim")
+@check("heads from 1 to 32, every declared head dim in every dtype, and batches of more than 16")
 def heads(subject: Subject) -> None:
-    dims = subject.head_dims(strategies.HEAD_DIMS[-1])
+    dims, large = subject.head_dims(strategies.HEAD_DIMS[-1]), full_windows(subject.windows()[-1])
+    several_tiles = full_windows(subject.windows(SEVERAL_TILES)[-1])
     tried: list[dict[str, Any]] = [{"heads": heads} for heads in HEADS]
+    tried += [{"heads": heads, **window} for heads in (3, 9, 17, 32) for window in (large, several_tiles)]
     tried += [{"head_dim": d, "dtype": dtype} for d in dims for dtype in strategies.dtypes(subject.facts)]
+    tried += [{"head_dim": d, **window} for d in dims[-4:] for window in (large, several_tiles)]
+    tried += [{"batch": batch} for batch in (9, 17)]
+    tried.append({"heads": 32, "head_dim": subject.head_dims(64)[-1]})
     subject.try_each(subject.variants(*tried), subject.verify)
 
 
@@ -90,18 +99,21 @@ def values(subject: Subject) -> None:
     for name in VALUES:
         for dtype in strategies.dtypes(subject.facts):
             tried.append({"values": name, "dtype": dtype})
+            tried.append({"values": name, "dtype": dtype, "scale": 0.3})
             tried.append({"values": name, "dtype": dtype, **full_windows(several_tiles)})
     subject.try_each(subject.variants(*tried), subject.verify)
 
 
-@check("sums run in fp32 whatever the dtype: where large terms cancel, what is left of them is right")
+@check("the output is summed in fp32 whatever the dtype: where large terms cancel, what is left of them is right")
 def cancelling_sums(subject: Subject) -> None:
     even = [(a, b) for a, b in subject.windows(SEVERAL_TILES) if a * b % 2 == 0]
     halves = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype in subject.facts.dtypes]
     if not even or not halves:
         raise NotApplicable("it needs bf16 or fp16, and a window of an even number of tokens")
-    tried = [{"dtype": dtype, "values": values} for dtype in halves for values in CANCELLING]
-    subject.try_each(subject.variants(*tried, **full_windows(even[-1])), subject.verify)
+    tried: list[dict[str, Any]] = [{"dtype": dtype} for dtype in halves]
+    tried += [one | {"bias": None} for one in tried]
+    plain = {"requires_grad": False, "bias_requires_grad": False, "values": "cancelling"}
+    subject.try_each(subject.variants(*tried, **full_windows(even[-1]), **plain), subject.verify)
 
 
 @check("all of these in any combination")

@@ -20,7 +20,7 @@ from maxattn.testing.case import Case, Inputs
 from maxattn.testing.failure import require
 from maxattn.testing.observe import deterministic, observe, verify, within_budget
 from maxattn.testing.registry import check, declared
-from maxattn.testing.subject import Failing, Subject
+from maxattn.testing.subject import SEVERAL_TILES, Failing, Subject, full_windows
 
 RUNS = 12
 THREADS = 4
@@ -35,7 +35,8 @@ def _alike(subject: Subject) -> list[Case]:
     changes += [{"bias": None, "bias_requires_grad": False}] if subject.base.bias is not None else []
     changes += [{"dtype": dtype} for dtype in strategies.dtypes(subject.facts)]
     changes += [{"height": 2 * P_h - 1}, {"heads": 1}, {"batch": 1}, {"layout": "heads before parts"}]
-    changes += [{"requires_grad": False, "bias_requires_grad": False}]
+    plain = {"requires_grad": False, "bias_requires_grad": False}
+    changes += [plain, plain | {"seed": subject.seed + 1}, plain | {"seed": subject.seed + 2}]
     return subject.variants(*changes)
 
 
@@ -62,7 +63,8 @@ def _check_interleaved(subject: Subject, *cases: Case) -> None:
 
 @check("inputs changed in place between two calls, at the same address, are read anew")
 def changed_inputs(subject: Subject) -> None:
-    subject.try_each(subject.variants({}), lambda case: _check_changed(subject, case))
+    plain = {"requires_grad": False, "bias_requires_grad": False}
+    subject.try_each(subject.variants({}, plain), lambda case: _check_changed(subject, case))
 
 
 def _check_changed(subject: Subject, case: Case) -> None:
@@ -75,12 +77,15 @@ def _check_changed(subject: Subject, case: Case) -> None:
 
 @check("nothing of the process is changed: random numbers drawn without dropout, modes, defaults")
 def no_side_effects(subject: Subject) -> None:
-    subject.try_each(subject.variants({}), lambda case: _check_side_effects(subject, case))
+    cases = subject.variants(*({"dtype": dtype} for dtype in strategies.dtypes(subject.facts)))
+    subject.try_each(cases, lambda case: _check_side_effects(subject, case))
 
 
 def _check_side_effects(subject: Subject, case: Case) -> None:
+    inputs = case.tensors()
+    torch.rand(1, device=subject.device)  # so that a seed set again shows
     before = _process_state(subject.device)
-    observe(subject.attend(case), case.tensors(), case)
+    observe(subject.attend(case), inputs, case)
     changed = [name for name, value in _process_state(subject.device).items() if value != before[name]]
     require(not changed, f"a call changes the {', '.join(changed)} of the process")
 
@@ -121,21 +126,24 @@ def _check_isolated(subject: Subject, case: Case) -> None:
 
 @check("calls from several threads at once do not disturb each other")
 def threads(subject: Subject) -> None:
-    cases = _alike(subject)
+    plain = subject.variants({"requires_grad": False, "bias_requires_grad": False})
+    cases = [*_alike(subject), *plain * RUNS]
     failures: list[Failing] = []
 
-    def work(mine: list[Case]) -> None:
+    def work(thread: int) -> None:
         try:
-            for case in mine:
+            turned = cases if thread < THREADS else cases[thread:] + cases[:thread]
+            for number, same in enumerate(turned):
+                case = same.but(seed=same.seed + 2 * THREADS * number + thread)
                 inputs = case.tensors()
                 call = _Call.of(subject, case, inputs)
                 result = call.backward()
                 done.append((case, inputs, result))
-        except Exception as error:
+        except BaseException as error:
             failures.append(Failing(case, error))
 
     done: list[tuple[Case, Inputs, dict[str, Tensor]]] = []
-    workers = [threading.Thread(target=work, args=(cases[i:] + cases[:i],)) for i in range(THREADS)]
+    workers = [threading.Thread(target=work, args=(thread,)) for thread in range(2 * THREADS)]
     with _eager_to_switch():
         for worker in workers:
             worker.start()
@@ -143,6 +151,7 @@ def threads(subject: Subject) -> None:
             worker.join()
     if failures:
         raise failures[0]
+    require(len(done) == len(workers) * len(cases), "some calls did not return")
     for case, inputs, result in done:
         subject.try_each([case], partial(within_budget, result, inputs))
 
@@ -156,8 +165,11 @@ def repeatable(subject: Subject) -> None:
 @check("bit for bit the same, forward and backward, under deterministic algorithms", declared("deterministic"))
 def bitwise(subject: Subject) -> None:
     P_h, P_w = subject.base.window
-    sizes = {"batch": 4, "height": 5 * P_h, "width": 5 * P_w, "deterministic": True}
-    cases = subject.variants(*({"dtype": dtype} for dtype in strategies.dtypes(subject.facts)), **sizes)
+    sizes = {"batch": 4, "height": 9 * P_h, "width": 9 * P_w}
+    tried: list[dict[str, Any]] = [{"dtype": dtype, **sizes} for dtype in strategies.dtypes(subject.facts)]
+    tried.append({"bias": None, "bias_requires_grad": False, **sizes})
+    tried.append(full_windows(subject.windows(SEVERAL_TILES)[-1]))
+    cases = subject.variants(*tried, deterministic=True)
     subject.try_each(cases, lambda case: _check_bitwise(subject, case))
 
 

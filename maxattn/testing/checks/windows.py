@@ -22,10 +22,11 @@ def windows(subject: Subject) -> None:
     for tokens in TOKENS:
         for P_h in _squarest_divisors(tokens):
             P_w = tokens // P_h
-            window = {"window": (P_h, P_w), "heads": 2 if tokens <= MANY_TOKENS else 1}
+            few = tokens > MANY_TOKENS
+            window = {"window": (P_h, P_w), "heads": 1 if few else 3, "batch": 1 if few else 2}
             tried.append(window | {"height": 2 * P_h, "width": P_w})
             tried.append(window | {"height": 2 * P_h - P_h // 2, "width": P_w - P_w // 3, "dtype": next(dtypes)})
-    subject.try_each(subject.variants(*tried, batch=1), subject.verify)
+    subject.try_each(subject.variants(*tried), subject.verify)
 
 
 @check("windows of any number of tokens from 65 to 1,024, with all that may vary")
@@ -34,8 +35,8 @@ def large_windows(subject: Subject) -> None:
     if not shapes:
         raise NotApplicable("no such window is declared")
     drawn = strategies.cases(subject.facts, subject.base, among=shapes, **strategies.ANYTHING)
-    fewer = drawn.map(lambda case: case.but(batch=1, heads=min(2, case.problem.heads)))
-    subject.try_drawn(subject.served(fewer), subject.verify, share=0.1)
+    fewer = drawn.map(lambda case: case.but(batch=min(2, case.problem.batch or 1), heads=min(3, case.problem.heads)))
+    subject.try_drawn(subject.served(fewer), subject.verify, share=0.3)
 
 
 def _squarest_divisors(tokens: int) -> list[int]:
