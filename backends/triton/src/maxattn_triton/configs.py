@@ -1,0 +1,95 @@
+"""Which kernels serve a window, and how each is launched: a small table, measured on an NVIDIA H200.
+
+Measured were 16-bit dtypes and a head_dim of 32, which is what MaxViT has. Everything else is launched so that it fits:
+few spilled registers, and shared memory that an sm80 has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+
+class Launch(NamedTuple):
+    """How a kernel is cut and run.
+
+    A program owns a tile of `block_m` queries (or keys) and takes the others in parts of `block_n`; `hold_bias` keeps
+    the tile of the bias in registers while it walks from window to window. Then: warps of a program, stages of the
+    software pipeline, programs per streaming multiprocessor.
+    """
+
+    block_m: int
+    block_n: int
+    hold_bias: bool
+    warps: int
+    stages: int
+    programs: int
+
+
+MEASURED = {
+    "rows.forward": {
+        64: Launch(64, 64, True, 4, 3, 3),
+        160: Launch(32, 64, True, 2, 3, 4),
+        256: Launch(64, 128, True, 4, 3, 2),
+    },
+    "whole.backward": {64: Launch(64, 64, True, 4, 3, 2)},
+    "rows.backward": {200: Launch(64, 32, True, 4, 3, 2), 256: Launch(64, 32, True, 4, 2, 2)},
+    "columns.backward": {
+        160: Launch(64, 64, True, 4, 3, 2),
+        200: Launch(64, 32, True, 4, 3, 2),
+        256: Launch(64, 32, True, 4, 2, 2),
+    },
+}
+"""By kernel and largest number of tokens, for 16-bit dtypes and head dims up to 32."""
+
+_forced: dict[str, Launch] = {}
+
+
+def forward_kernel(tokens: int, head_dim: int, itemsize: int) -> str:
+    """`rows` unrolls all keys of a window, `tiles` loops over them.
+
+    Example:
+        >>> forward_kernel(49, 32, 2), forward_kernel(784, 32, 2)
+        ('rows', 'tiles')
+    """
+    return "rows" if itemsize == 2 and (tokens <= 64 or (tokens <= 256 and head_dim <= 32)) else "tiles"
+
+
+def backward_kernel(tokens: int, head_dim: int, itemsize: int) -> str:
+    """`whole` takes a window as one tile, `rows` holds the bias gradient of its queries for all keys, `tiles` loops.
+
+    Example:
+        >>> [backward_kernel(tokens, 32, 2) for tokens in (49, 144, 784)]
+        ['whole', 'rows', 'tiles']
+    """
+    if itemsize == 2 and tokens <= 64 and head_dim <= 64:
+        return "whole"
+    return "rows" if itemsize == 2 and tokens <= 256 and head_dim <= 32 else "tiles"
+
+
+def launch(kernel: str, tokens: int, head_dim: int, itemsize: int) -> Launch:
+    """How to launch `kernel` for windows of so many tokens."""
+    if kernel in _forced:
+        return _forced[kernel]
+    if head_dim <= 32 and itemsize == 2 and kernel in MEASURED:
+        return next(launch for largest, launch in MEASURED[kernel].items() if tokens <= largest)
+    if kernel == "rows.forward":
+        return Launch(64, 64, True, 4, 2, 2)
+    if kernel == "whole.backward":
+        return Launch(64, 64, True, 8, 2, 2)
+    if itemsize == 4:
+        return Launch(32, 32, False, 4, 1, 4)
+    if head_dim <= 32:
+        return Launch(64, 64, False, 4, 3, 4)
+    return Launch(64, 32, False, 8, 2, 2) if head_dim > 64 else Launch(64, 64, False, 4, 2, 2)
+
+
+@contextmanager
+def forced(kernel: str, launch: Launch) -> Iterator[None]:
+    """Launch `kernel` so within the block, in all threads: for those who measure."""
+    _forced[kernel] = launch
+    try:
+        yield
+    finally:
+        del _forced[kernel]

@@ -1,0 +1,286 @@
+"""Large windows: a loop over tiles of BLOCK_M queries by BLOCK_N keys, as in flash attention.
+
+Three kernels make the backward pass, each the owner of what it sums: `backward_queries` of dq, `backward_keys` of dk
+and dv, `backward_bias` of a tile of the bias gradient. The bias comes prepared, (h, NP, NP): to base 2 and padded to a
+multiple of every tile with -inf for keys and 0 for queries, so that its tiles are loaded without a mask.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from maxattn_triton.kernels.addressing import (
+    LOG2_E,
+    advance,
+    channels,
+    dot,
+    dropout_factor,
+    exists_2d,
+    from_first,
+    in_fp32,
+    pixel,
+    unravel,
+)  # fmt: skip
+
+
+@triton.jit
+def first_token(window, H, W, P_H: tl.constexpr, P_W: tl.constexpr, GRID: tl.constexpr):
+    """The image of a window, and the row and column of its first token."""
+    groups_h, groups_w = tl.cdiv(H, P_H), tl.cdiv(W, P_W)
+    image, group_h, group_w = unravel(window, groups_h, groups_w)
+    first_y = pixel(group_h.to(tl.int64), 0, groups_h, P_H, GRID)
+    return image.to(tl.int64), first_y, pixel(group_w.to(tl.int64), 0, groups_w, P_W, GRID)
+
+
+@triton.jit
+def place(token, first_y, first_x, H, W, P_H: tl.constexpr, P_W: tl.constexpr, GRID: tl.constexpr):
+    """Rows and columns of tokens from the first of their window, and whether they exist."""
+    y, x = from_first(token, tl.cdiv(H, P_H), tl.cdiv(W, P_W), P_H, P_W, GRID)
+    return y, x, (token < P_H * P_W) & (first_y + y < H) & (first_x + x < W)
+
+
+@triton.jit
+def logits(
+    q, k, bias, head, query, key, exists_key, scale,
+    NP: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The logits of a tile of queries and keys, to base 2; -inf for keys that do not exist."""
+    s = dot(q, tl.trans(k), PRECISION=PRECISION) * (scale * LOG2_E)  # (BLOCK_M, BLOCK_N)
+    if HAS_BIAS:
+        s += tl.load(bias + head.to(tl.int64) * NP * NP + (query[:, None] * NP + key[None, :]))
+    if RAGGED or not HAS_BIAS:
+        s = tl.where(exists_key[None, :], s, -float("inf"))
+    return s
+
+
+@triton.jit
+def forward(
+    qkv, bias, out, lse, seed,
+    scale, dropout_p,
+    B, H, W, heads, stride_b, stride_h, stride_w, stride_part, stride_head,
+    GRID: tl.constexpr, P_H: tl.constexpr, P_W: tl.constexpr, D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, SAVE_LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    NP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(scale q k^T + bias) v for a tile of queries, and the base-2 log-sum-exp of each one's logits."""
+    N: tl.constexpr = P_H * P_W
+    scale = in_fp32(scale)
+    TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    query = tl.program_id(0) % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = tl.program_id(0) // TILES % heads
+    walker, walkers = tl.program_id(0) // (TILES * heads), tl.num_programs(0) // (TILES * heads)
+    qkv += head.to(tl.int64) * stride_head
+    out += head * D
+
+    for step in range(tl.cdiv(B * tl.cdiv(H, P_H) * tl.cdiv(W, P_W) - walker, walkers)):
+        window = walker + step * walkers
+        image, first_y, first_x = first_token(window, H, W, P_H, P_W, GRID)
+        first = qkv + (image * stride_b + first_y * stride_h + first_x * stride_w)
+        y, x, exists = place(query, first_y, first_x, H, W, P_H, P_W, GRID)
+        inside = exists_2d(exists, D, BLOCK_D)
+        q = tl.load(first + channels(y, x, stride_h, stride_w, BLOCK_D), mask=inside, other=0.0)  # (BLOCK_M, D)
+        m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        o = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for start in range(0, N, BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            y_key, x_key, exists_key = place(key, first_y, first_x, H, W, P_H, P_W, GRID)
+            inside_key = exists_2d(exists_key, D, BLOCK_D)
+            at_key = first + stride_part + channels(y_key, x_key, stride_h, stride_w, BLOCK_D)
+            k = tl.load(at_key, mask=inside_key, other=0.0)  # (BLOCK_N, D)
+            v = tl.load(at_key + stride_part, mask=inside_key, other=0.0)
+            s = logits(q, k, bias, head, query, key, exists_key, scale, NP, HAS_BIAS, RAGGED, PRECISION)
+            larger = tl.maximum(m, tl.max(s, 1))
+            base = tl.where(larger == -float("inf"), 0.0, larger)  # no key of this tile or of earlier ones exists
+            p = tl.exp2(s - base[:, None])
+            shrink = tl.exp2(m - base)
+            total = total * shrink + tl.sum(p, 1)
+            if DROPOUT:
+                p *= dropout_factor(tl.load(seed), window, head, heads, query, key, dropout_p, N)
+            o = dot(p.to(v.dtype), v, o * shrink[:, None], PRECISION=PRECISION)
+            m = larger
+        first_out = out + ((image * H + first_y) * W + first_x) * (heads * D)
+        o *= (1.0 / total)[:, None]
+        at_out = channels(y, x, W * heads * D, heads * D, BLOCK_D)
+        tl.store(first_out + at_out, o.to(out.dtype.element_ty), mask=inside)
+        if SAVE_LSE:
+            tl.store(lse + (window.to(tl.int64) * heads + head) * N + query, m + tl.log2(total), mask=query < N)
+
+
+@triton.jit
+def backward_queries(
+    qkv, bias, out, lse, seed, dout, dqkv, delta,
+    scale, dropout_p,
+    B, H, W, heads, stride_b, stride_h, stride_w, stride_part, stride_head,
+    GRID: tl.constexpr, P_H: tl.constexpr, P_W: tl.constexpr, D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    NP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of queries, and delta, each query's dot product of the output with its gradient."""
+    N: tl.constexpr = P_H * P_W
+    scale = in_fp32(scale)
+    TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    query = tl.program_id(0) % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = tl.program_id(0) // TILES % heads
+    walker, walkers = tl.program_id(0) // (TILES * heads), tl.num_programs(0) // (TILES * heads)
+    qkv += head.to(tl.int64) * stride_head
+
+    for step in range(tl.cdiv(B * tl.cdiv(H, P_H) * tl.cdiv(W, P_W) - walker, walkers)):
+        window = walker + step * walkers
+        image, first_y, first_x = first_token(window, H, W, P_H, P_W, GRID)
+        first = qkv + (image * stride_b + first_y * stride_h + first_x * stride_w)
+        first_out = ((image * H + first_y) * W + first_x) * (heads * D) + head * D
+        y, x, exists = place(query, first_y, first_x, H, W, P_H, P_W, GRID)
+        inside = exists_2d(exists, D, BLOCK_D)
+        at_out = first_out + channels(y, x, W * heads * D, heads * D, BLOCK_D)
+        at_lse = (window.to(tl.int64) * heads + head) * N + query
+        q = tl.load(first + channels(y, x, stride_h, stride_w, BLOCK_D), mask=inside, other=0.0)  # (BLOCK_M, D)
+        do = tl.load(dout + at_out, mask=inside, other=0.0)
+        o = tl.load(out + at_out, mask=inside, other=0.0)
+        z = tl.load(lse + at_lse, mask=query < N, other=0.0)
+        row = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+        tl.store(delta + at_lse, row, mask=query < N)
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for start in range(0, N, BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            y_key, x_key, exists_key = place(key, first_y, first_x, H, W, P_H, P_W, GRID)
+            inside_key = exists_2d(exists_key, D, BLOCK_D)
+            at_key = first + stride_part + channels(y_key, x_key, stride_h, stride_w, BLOCK_D)
+            k = tl.load(at_key, mask=inside_key, other=0.0)  # (BLOCK_N, D)
+            v = tl.load(at_key + stride_part, mask=inside_key, other=0.0)
+            s = logits(q, k, bias, head, query, key, exists_key, scale, NP, HAS_BIAS, RAGGED, PRECISION)
+            p = tl.exp2(s - z[:, None])
+            dp = dot(do, tl.trans(v), PRECISION=PRECISION)
+            if DROPOUT:
+                dp *= dropout_factor(tl.load(seed), window, head, heads, query, key, dropout_p, N)
+            ds = p * (dp - row[:, None])
+            dq = dot(ds.to(k.dtype), k, dq, PRECISION=PRECISION)
+        at_grad = 3 * (first_out - head * D) + head * D + channels(y, x, 3 * W * heads * D, 3 * heads * D, BLOCK_D)
+        tl.store(dqkv + at_grad, (dq * scale).to(q.dtype), mask=inside)
+
+
+@triton.jit
+def backward_keys(
+    qkv, bias, lse, seed, dout, dqkv, delta,
+    scale, dropout_p,
+    B, H, W, heads, stride_b, stride_h, stride_w, stride_part, stride_head,
+    GRID: tl.constexpr, P_H: tl.constexpr, P_W: tl.constexpr, D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    NP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of keys."""
+    N: tl.constexpr = P_H * P_W
+    scale = in_fp32(scale)
+    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    key = tl.program_id(0) % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = tl.program_id(0) // TILES % heads
+    walker, walkers = tl.program_id(0) // (TILES * heads), tl.num_programs(0) // (TILES * heads)
+    qkv += head.to(tl.int64) * stride_head
+    dqkv += head * D
+
+    for step in range(tl.cdiv(B * tl.cdiv(H, P_H) * tl.cdiv(W, P_W) - walker, walkers)):
+        window = walker + step * walkers
+        image, first_y, first_x = first_token(window, H, W, P_H, P_W, GRID)
+        first = qkv + (image * stride_b + first_y * stride_h + first_x * stride_w)
+        first_out = ((image * H + first_y) * W + first_x) * (heads * D)
+        y_key, x_key, exists_key = place(key, first_y, first_x, H, W, P_H, P_W, GRID)
+        inside_key = exists_2d(exists_key, D, BLOCK_D)
+        at_key = first + stride_part + channels(y_key, x_key, stride_h, stride_w, BLOCK_D)
+        k = tl.load(at_key, mask=inside_key, other=0.0)  # (BLOCK_N, D)
+        v = tl.load(at_key + stride_part, mask=inside_key, other=0.0)
+        dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for start in range(0, N, BLOCK_M):
+            query = start + tl.arange(0, BLOCK_M)
+            y, x, exists = place(query, first_y, first_x, H, W, P_H, P_W, GRID)
+            inside = exists_2d(exists, D, BLOCK_D)
+            at_out = first_out + head * D + channels(y, x, W * heads * D, heads * D, BLOCK_D)
+            at_lse = (window.to(tl.int64) * heads + head) * N + query
+            q = tl.load(first + channels(y, x, stride_h, stride_w, BLOCK_D), mask=inside, other=0.0)  # (BLOCK_M, D)
+            do = tl.load(dout + at_out, mask=inside, other=0.0)
+            z = tl.load(lse + at_lse, mask=query < N, other=0.0)
+            row = tl.load(delta + at_lse, mask=query < N, other=0.0)
+            s = logits(q, k, bias, head, query, key, exists_key, scale, NP, HAS_BIAS, RAGGED, PRECISION)
+            p = tl.exp2(s - z[:, None])
+            dp = dot(do, tl.trans(v), PRECISION=PRECISION)
+            kept = p
+            if DROPOUT:
+                factor = dropout_factor(tl.load(seed), window, head, heads, query, key, dropout_p, N)
+                dp *= factor
+                kept *= factor
+            dv = dot(tl.trans(kept.to(do.dtype)), do, dv, PRECISION=PRECISION)
+            ds = p * (dp - row[:, None])
+            dk = dot(tl.trans(ds.to(q.dtype)), q, dk, PRECISION=PRECISION)
+        at_grad = 3 * first_out + channels(y_key, x_key, 3 * W * heads * D, 3 * heads * D, BLOCK_D)
+        tl.store(dqkv + heads * D + at_grad, (dk * scale).to(k.dtype), mask=inside_key)
+        tl.store(dqkv + 2 * heads * D + at_grad, dv.to(k.dtype), mask=inside_key)
+
+
+@triton.jit
+def backward_bias(
+    qkv, bias, lse, seed, dout, delta, dbias,
+    scale, dropout_p,
+    B, H, W, heads, stride_b, stride_h, stride_w, stride_part, stride_head,
+    GRID: tl.constexpr, P_H: tl.constexpr, P_W: tl.constexpr, D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    NP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Each program's share of one tile of the bias gradient, (walkers, h, N, N)."""
+    N: tl.constexpr = P_H * P_W
+    scale = in_fp32(scale)
+    TILES_M: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = TILES_M * TILES_N
+    query = tl.program_id(0) // TILES_N % TILES_M * BLOCK_M + tl.arange(0, BLOCK_M)
+    key = tl.program_id(0) % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = tl.program_id(0) // TILES % heads
+    groups_h, groups_w = tl.cdiv(H, P_H), tl.cdiv(W, P_W)
+    walker, walkers = tl.program_id(0) // (TILES * heads), tl.num_programs(0) // (TILES * heads)
+    image, group_h, group_w = unravel(walker, groups_h, groups_w)
+    by_image, by_h, by_w = unravel(walkers, groups_h, groups_w)
+
+    y, x = from_first(query, groups_h, groups_w, P_H, P_W, GRID)
+    y_key, x_key = from_first(key, groups_h, groups_w, P_H, P_W, GRID)
+    exists = query < N
+    exists_key = key < N
+    at = channels(y, x, stride_h, stride_w, BLOCK_D) + head.to(tl.int64) * stride_head
+    at_key = channels(y_key, x_key, stride_h, stride_w, BLOCK_D) + head.to(tl.int64) * stride_head
+    at_out = channels(y, x, W * heads * D, heads * D, BLOCK_D) + head * D
+    b = tl.load(bias + head.to(tl.int64) * NP * NP + (query[:, None] * NP + key[None, :]))  # (BLOCK_M, BLOCK_N)
+    db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+    for step in range(tl.cdiv(B * groups_h * groups_w - walker, walkers)):
+        window = walker + step * walkers
+        first_y = pixel(group_h.to(tl.int64), 0, groups_h, P_H, GRID)
+        first_x = pixel(group_w.to(tl.int64), 0, groups_w, P_W, GRID)
+        first = qkv + (image.to(tl.int64) * stride_b + first_y * stride_h + first_x * stride_w)
+        first_out = ((image.to(tl.int64) * H + first_y) * W + first_x) * (heads * D)
+        if RAGGED:
+            exists = (query < N) & (first_y + y < H) & (first_x + x < W)
+            exists_key = (key < N) & (first_y + y_key < H) & (first_x + x_key < W)
+        inside = exists_2d(exists, D, BLOCK_D)
+        inside_key = exists_2d(exists_key, D, BLOCK_D)
+        at_lse = (window.to(tl.int64) * heads + head) * N + query
+        q = tl.load(first + at, mask=inside, other=0.0)  # (BLOCK_M, D)
+        k = tl.load(first + stride_part + at_key, mask=inside_key, other=0.0)  # (BLOCK_N, D)
+        v = tl.load(first + 2 * stride_part + at_key, mask=inside_key, other=0.0)
+        do = tl.load(dout + first_out + at_out, mask=inside, other=0.0)
+        z = tl.load(lse + at_lse, mask=query < N, other=0.0)
+        row = tl.load(delta + at_lse, mask=query < N, other=0.0)
+        s = dot(q, tl.trans(k), PRECISION=PRECISION) * (scale * LOG2_E) + b
+        if RAGGED:
+            s = tl.where(exists_key[None, :], s, -float("inf"))
+        p = tl.exp2(s - z[:, None])
+        dp = dot(do, tl.trans(v), PRECISION=PRECISION)
+        if DROPOUT:
+            dp *= dropout_factor(tl.load(seed), window, head, heads, query, key, dropout_p, N)
+        db += p * (dp - row[:, None])
+        image, group_h, group_w = advance(image, group_h, group_w, by_image, by_h, by_w, groups_h, groups_w)
+
+    share = (walker.to(tl.int64) * heads + head) * N * N + query[:, None] * N + key[None, :]
+    tl.store(dbias + share, db, mask=(query < N)[:, None] & (key < N)[None, :])
