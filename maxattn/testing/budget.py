@@ -20,6 +20,8 @@ from maxattn.testing.groups import by_group
 NAIVE = Naive()
 UNITS = {"max": 4, "2-norm": 1}
 """How many machine epsilons of rounding each norm grants beyond twice the error of `naive`."""
+EXPONENTIAL = 8
+"""Units of rounding in fp32 that an exponential may be off by: vectorised ones are good to 20 bits."""
 UNITS_FP64 = 64
 """The same for fp64, where nothing is exact enough to measure the error of `naive`."""
 
@@ -73,9 +75,10 @@ def shares(results: dict[str, Tensor], inputs: Inputs, problem: Problem, naive: 
     - units: 1 in the 2-norm, where roundings average out, and 4 for the largest of them all. Not none, for `naive` can
       be exact by luck where a correct backend rounds once more. In fp64, 64;
     - the rounding is that of the coarser of the result's dtype and `qkv`'s, for a backend may hold the attention
-      weights in the dtype of `qkv`: an fp32 problem gets no more for a bias in bf16. To it come two roundings in fp32
-      (fp64 for fp64): that of the logits, times their size, since an exponential multiplies a relative error by that;
-      and that of sums, times the square root of their terms, since nobody says in which order to add;
+      weights in the dtype of `qkv`: an fp32 problem gets no more for a bias in bf16. To it come three roundings in
+      fp32 (fp64 for fp64): that of the logits, times their size, since an exponential multiplies a relative error by
+      that; that of the exponential itself; and that of sums, times the square root of their terms, since nobody says
+      in which order to add;
     - the magnitude is the norm of the exact result, or that of the terms that cancel in it if it is larger. A gradient
       through a softmax is a difference, `P (dP - delta)` with `delta` the dot product of the output and its gradient.
       Where a token attends to little but itself the difference is near 0, and its rounding is that of `delta`.
@@ -91,7 +94,7 @@ def shares(results: dict[str, Tensor], inputs: Inputs, problem: Problem, naive: 
         for norm, units in UNITS.items():
             magnitude = max(_norm(x, norm) for x in (expected, *terms.get(name, ())))
             rounding = (UNITS_FP64 if problem.dtype == torch.float64 else units) * (
-                of_result + of_sums * (logits + summed**0.5)
+                of_result + of_sums * (EXPONENTIAL + logits + summed**0.5)
             )
             allowed = 2 * _norm(coarse[name] - expected, norm) + rounding * magnitude
             found[f"{name} ({norm})"] = Share(_norm(results[name] - expected, norm), allowed)
