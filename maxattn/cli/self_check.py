@@ -12,7 +12,7 @@ import torch
 from maxattn.cli.output import dtype_name
 from maxattn.ops.contract import Axis, Backend, Problem
 from maxattn.ops.dispatch import compute_capability, explain_problem
-from maxattn.testing.budget import shares
+from maxattn.testing.budget import shares, told_over
 from maxattn.testing.case import Case
 from maxattn.testing.observe import attend_by, observe
 
@@ -80,11 +80,7 @@ def _check(backend: Backend, device: str, dtype: torch.dtype, axis: Axis, size: 
     except BaseException as error:  # a backend may even leave the program
         told = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
         return Check(backend.name, device, words, "failed", detail=f"{told}{error}".splitlines()[0])
-    over = [
-        f"{name}: error {share.error:.3g}, allowed {share.allowed:.3g}"
-        for name, share in found.items()
-        if not share.kept
-    ]
+    over = told_over(found)
     used = [share.used for share in found.values()]
     share = max(used) if all(map(math.isfinite, used)) else None
-    return Check(backend.name, device, words, "failed" if over else "ok", share, "; ".join(over))
+    return Check(backend.name, device, words, "failed" if over else "ok", share, over)

@@ -101,6 +101,15 @@ def shares(results: dict[str, Tensor], inputs: Inputs, problem: Problem, naive: 
     return found
 
 
+def told_over(found: dict[str, Share]) -> str:
+    """The results that are over their budget, and by how much; empty if none is."""
+    return "; ".join(
+        f"{name}: error {share.error:.3g}, allowed {share.allowed:.3g}"
+        for name, share in found.items()
+        if not share.kept
+    )
+
+
 def _epsilons(result: torch.dtype, dtype: torch.dtype) -> tuple[float, float]:
     """The rounding of a result, and of the sums behind it."""
     sums = torch.promote_types(dtype, torch.float32)

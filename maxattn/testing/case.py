@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maxattn.ops.contract import Problem
-from maxattn.ops.naive import groups_and_tokens
+from maxattn.testing.groups import token_of_pixel
 
 MARGIN = 64
 """NaNs before and after every tensor: an even multiple of 16 bytes in every dtype, so that aligned stays aligned."""
@@ -224,11 +224,7 @@ def memory_of(x: Tensor) -> Tensor:
 def _cancelling(problem: Problem) -> Tensor:
     """Values `(H, W, 1, 1)` of which, in every window, half are 128, half are -128, and one has 1 more."""
     _, height, width, *_ = _sizes(problem)
-    rows, columns = (
-        groups_and_tokens(size, side, problem.axis, torch.device("cpu"))[2]
-        for size, side in zip((height, width), problem.window, strict=True)
-    )
-    token = (rows[:, None] * problem.window[1] + columns)[:, :, None, None]
+    token = token_of_pixel(height, width, problem, torch.device("cpu"))[:, :, None, None]
     return torch.where(token < problem.tokens // 2, 128.0, -128.0) + (token == 0)
 
 

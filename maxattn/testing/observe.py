@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maxattn.ops.contract import Backend
 from maxattn.ops.max_sa import max_sa
-from maxattn.testing.budget import NAIVE, collect, shares
+from maxattn.testing.budget import NAIVE, collect, shares, told_over
 from maxattn.testing.case import Case, Inputs, memory_of
 from maxattn.testing.failure import require
 
@@ -45,12 +45,8 @@ def verify(attend: Attend, case: Case) -> None:
 
 def within_budget(results: dict[str, Tensor], inputs: Inputs, case: Case, naive: Backend = NAIVE) -> None:
     """Raise CheckFailed where a result is further from exact than the budget allows; `naive` is the specification."""
-    over = [
-        f"{name}: error {share.error:.3g}, allowed {share.allowed:.3g}"
-        for name, share in shares(results, inputs, case.problem, naive).items()
-        if not share.kept
-    ]
-    require(not over, "over the error budget: " + "; ".join(over))
+    over = told_over(shares(results, inputs, case.problem, naive))
+    require(not over, f"over the error budget: {over}")
 
 
 def observe(attend: Attend, inputs: Inputs, case: Case) -> dict[str, Tensor]:

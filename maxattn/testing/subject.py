@@ -22,6 +22,8 @@ from maxattn.testing.observe import Attend, attend_by, verify
 Test = Callable[[Case], None]
 SEVERAL_TILES = 144
 """Tokens of a window that kernels walk in several tiles of keys."""
+NO_GRADIENT = {"requires_grad": False, "bias_requires_grad": False}
+"""The fields of a problem that asks for none."""
 PREFERRED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -14,7 +14,7 @@ from maxattn.testing.case import Case, Inputs
 from maxattn.testing.failure import require
 from maxattn.testing.observe import Attend, check_output, verify, within_budget
 from maxattn.testing.registry import check, declared
-from maxattn.testing.subject import Subject
+from maxattn.testing.subject import NO_GRADIENT, Subject
 
 
 @check("a second backward pass over a graph that is kept gives the same gradients", declared("backward"))
@@ -129,10 +129,9 @@ def without_gradient(subject: Subject) -> None:
                 {"out": out.clone()}, Inputs(inputs.qkv.detach(), _detached(inputs.bias), inputs.grad_out), plain
             )
 
-    plain = {"requires_grad": False, "bias_requires_grad": False}
     not_seen_before = {"height": 7 * subject.base.window[0], "width": 7 * subject.base.window[1]}
     cases = subject.variants(not_seen_before)
-    subject.try_each([case for case in cases if not subject.reasons(case.but(**plain).problem)], check)
+    subject.try_each([case for case in cases if not subject.reasons(case.but(**NO_GRADIENT).problem)], check)
     subject.try_each(cases, subject.verify)
 
 

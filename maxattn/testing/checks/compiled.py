@@ -19,7 +19,7 @@ from maxattn.testing.case import Case
 from maxattn.testing.failure import NotApplicable, require
 from maxattn.testing.observe import verify
 from maxattn.testing.registry import check, declared
-from maxattn.testing.subject import Subject
+from maxattn.testing.subject import NO_GRADIENT, Subject
 
 PYTORCHS_OWN = frozenset({"aten", "prim", "prims", "profiler", "inductor", "rngprims", "debugprims"})
 
@@ -79,9 +79,8 @@ def _check_exported(subject: Subject, case: Case) -> None:
 
 @check("custom operators pass torch.library.opcheck: their schema, fake and autograd are right", declared("compile"))
 def operators(subject: Subject) -> None:
-    plain = {"requires_grad": False, "bias_requires_grad": False}
     dtypes = [{"dtype": dtype} for dtype in strategies.dtypes(subject.facts)]
-    cases = subject.variants(*dtypes, plain, {"bias": None, "bias_requires_grad": False})
+    cases = subject.variants(*dtypes, NO_GRADIENT, {"bias": None, "bias_requires_grad": False})
     if not any(_custom_calls(subject, case) for case in cases):
         raise NotApplicable("it calls no operator but PyTorch's own")
     subject.try_each(cases, lambda case: _check_operators(subject, case))

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from maxattn.ops.contract import Problem
-from maxattn.ops.naive import Naive, groups_and_tokens
+from maxattn.ops.naive import Naive
 from maxattn.testing import strategies
 from maxattn.testing.budget import UNITS
 from maxattn.testing.case import Case
 from maxattn.testing.failure import require
-from maxattn.testing.groups import by_group
+from maxattn.testing.groups import by_group, token_of_pixel
 from maxattn.testing.observe import observe, within_budget
 from maxattn.testing.registry import check, declared
 from maxattn.testing.subject import Subject, full_windows
@@ -135,11 +135,7 @@ def _weights(subject: Subject, case: Case) -> Tensor:
     """
     problem, attend = case.problem, subject.attend(case)
     (qkv, bias, _), N, d = case.tensors(), problem.tokens, problem.head_dim
-    rows, columns = (
-        groups_and_tokens(size, side, problem.axis, qkv.device)[2]
-        for size, side in zip(qkv.shape[1:3], problem.window, strict=True)
-    )
-    token = rows[:, None] * problem.window[1] + columns[None, :]
+    token = token_of_pixel(qkv.shape[1], qkv.shape[2], problem, qkv.device)
     parts = []
     for first in range(0, N, d):
         values = torch.nn.functional.pad(torch.eye(N, device=qkv.device), (0, d))[token, first : first + d]

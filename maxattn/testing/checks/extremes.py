@@ -10,7 +10,7 @@ from maxattn.testing.case import Case, Inputs
 from maxattn.testing.failure import NotApplicable, require
 from maxattn.testing.observe import check_output, observe, within_budget
 from maxattn.testing.registry import check, on
-from maxattn.testing.subject import Subject
+from maxattn.testing.subject import NO_GRADIENT, Subject
 
 CUDA_GRID = 65_535
 """More blocks than this along the second or third axis of a CUDA grid are an error, or worse, ignored."""
@@ -19,8 +19,9 @@ INT32 = 2**31
 
 @check("an empty batch gives an empty output, and gradients of zero")
 def empty_batch(subject: Subject) -> None:
-    plain = {"requires_grad": False, "bias_requires_grad": False}
-    subject.try_each(subject.variants({"batch": 0}, {"batch": 0, **plain}), lambda case: _check_empty(subject, case))
+    subject.try_each(
+        subject.variants({"batch": 0}, {"batch": 0, **NO_GRADIENT}), lambda case: _check_empty(subject, case)
+    )
 
 
 def _check_empty(subject: Subject, case: Case) -> None:
@@ -35,14 +36,12 @@ def many_windows(subject: Subject) -> None:
     sizes = {"window": (P_h, P_w), "heads": 1, "head_dim": subject.head_dims(8)[0]}
     many_images = {"batch": CUDA_GRID + 3, "height": P_h, "width": P_w}
     one_image = {"batch": 1, "height": 271 * P_h, "width": 243 * P_w}
-    plain = {"requires_grad": False, "bias_requires_grad": False}
-    cheap = [many_images, one_image] if P_h * P_w <= 4 else [many_images | plain]
-    subject.try_each(subject.variants(*cheap, **sizes), lambda case: _check_many(subject, case))
+    cheap = [many_images, one_image] if P_h * P_w <= 4 else [many_images | NO_GRADIENT]
+    subject.try_each(subject.variants(*cheap, **sizes), lambda case: _verify_in_place(subject, case, case.tensors()))
 
 
-def _check_many(subject: Subject, case: Case) -> None:
+def _verify_in_place(subject: Subject, case: Case, inputs: Inputs) -> None:
     """As `verify`, but for the copies of all memory."""
-    inputs = case.tensors()
     out = subject.attend(case)(inputs.qkv, inputs.bias)
     check_output(out, inputs, differentiated=case.problem.differentiated)
     within_budget(collect(out, inputs.leaves, inputs.grad_out), inputs, case)
@@ -62,10 +61,7 @@ def _check_far_apart(subject: Subject, case: Case) -> None:
         size = INT32 * near.qkv.element_size() >> 30
         raise NotApplicable(f"it takes {size} GiB of address space, which cannot be had here") from None
     far = memory.as_strided(near.qkv.shape, (INT32, *near.qkv.stride()[1:])).copy_(near.qkv.detach())
-    inputs = near._replace(qkv=far.requires_grad_(near.qkv.requires_grad))
-    out = subject.attend(case)(inputs.qkv, inputs.bias)
-    check_output(out, inputs, differentiated=case.problem.differentiated)
-    within_budget(collect(out, inputs.leaves, inputs.grad_out), inputs, case)
+    _verify_in_place(subject, case, near._replace(qkv=far.requires_grad_(near.qkv.requires_grad)))
 
 
 @check("a tensor of more than 2^31 elements", on("cuda"))

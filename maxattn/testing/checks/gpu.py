@@ -9,7 +9,7 @@ from maxattn.testing.budget import collect
 from maxattn.testing.case import Case
 from maxattn.testing.observe import verify, within_budget
 from maxattn.testing.registry import check, on
-from maxattn.testing.subject import Subject
+from maxattn.testing.subject import NO_GRADIENT, Subject
 
 CYCLES = 100_000_000
 """About 0.05 s of a GPU's time: long enough that work on another stream would overtake."""
@@ -37,8 +37,7 @@ def current_stream(subject: Subject) -> None:
 
 @check("a CUDA graph captures the call, and the backward pass, and replays them with new numbers", on("cuda"))
 def cuda_graph(subject: Subject) -> None:
-    plain = {"requires_grad": False, "bias_requires_grad": False}
-    subject.try_each(subject.variants({}, plain), lambda case: _check_cuda_graph(subject, case))
+    subject.try_each(subject.variants({}, NO_GRADIENT), lambda case: _check_cuda_graph(subject, case))
 
 
 def _check_cuda_graph(subject: Subject, case: Case) -> None:

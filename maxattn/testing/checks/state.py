@@ -20,7 +20,7 @@ from maxattn.testing.case import Case, Inputs
 from maxattn.testing.failure import require
 from maxattn.testing.observe import deterministic, observe, verify, within_budget
 from maxattn.testing.registry import check, declared
-from maxattn.testing.subject import SEVERAL_TILES, Failing, Subject, full_windows
+from maxattn.testing.subject import NO_GRADIENT, SEVERAL_TILES, Failing, Subject, full_windows
 
 RUNS = 12
 THREADS = 4
@@ -35,8 +35,7 @@ def _alike(subject: Subject) -> list[Case]:
     changes += [{"bias": None, "bias_requires_grad": False}] if subject.base.bias is not None else []
     changes += [{"dtype": dtype} for dtype in strategies.dtypes(subject.facts)]
     changes += [{"height": 2 * P_h - 1}, {"heads": 1}, {"batch": 1}, {"layout": "heads before parts"}]
-    plain = {"requires_grad": False, "bias_requires_grad": False}
-    changes += [plain, plain | {"seed": subject.seed + 1}, plain | {"seed": subject.seed + 2}]
+    changes += [NO_GRADIENT, NO_GRADIENT | {"seed": subject.seed + 1}, NO_GRADIENT | {"seed": subject.seed + 2}]
     return subject.variants(*changes)
 
 
@@ -63,8 +62,7 @@ def _check_interleaved(subject: Subject, *cases: Case) -> None:
 
 @check("inputs changed in place between two calls, at the same address, are read anew")
 def changed_inputs(subject: Subject) -> None:
-    plain = {"requires_grad": False, "bias_requires_grad": False}
-    subject.try_each(subject.variants({}, plain), lambda case: _check_changed(subject, case))
+    subject.try_each(subject.variants({}, NO_GRADIENT), lambda case: _check_changed(subject, case))
 
 
 def _check_changed(subject: Subject, case: Case) -> None:
@@ -107,8 +105,7 @@ def _process_state(device: str) -> dict[str, Any]:
 @check("windows, heads and images are apart: a NaN in one leaves all others as they are")
 def isolated(subject: Subject) -> None:
     cut = [{"height": 2 * subject.base.window[0] + 1}] if subject.facts.ragged else []
-    plain = {"requires_grad": False, "bias_requires_grad": False}
-    subject.try_each(subject.variants({}, *cut, **plain), lambda case: _check_isolated(subject, case))
+    subject.try_each(subject.variants({}, *cut, **NO_GRADIENT), lambda case: _check_isolated(subject, case))
 
 
 def _check_isolated(subject: Subject, case: Case) -> None:
@@ -126,8 +123,8 @@ def _check_isolated(subject: Subject, case: Case) -> None:
 
 @check("calls from several threads at once do not disturb each other")
 def threads(subject: Subject) -> None:
-    plain = subject.variants({"requires_grad": False, "bias_requires_grad": False})
-    cases = [*_alike(subject), *plain * RUNS]
+    NO_GRADIENT = subject.variants({"requires_grad": False, "bias_requires_grad": False})
+    cases = [*_alike(subject), *NO_GRADIENT * RUNS]
     failures: list[Failing] = []
 
     def work(thread: int) -> None:
