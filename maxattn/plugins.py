@@ -19,7 +19,7 @@ import pluggy
 
 from maxattn import core_plugin, hookspecs
 from maxattn.ops import registry
-from maxattn.ops.contract import API_VERSION, Backend, Capabilities
+from maxattn.ops.contract import API_VERSION, Backend
 
 GROUP = "maxattn"
 ALLOWLIST_VARIABLE = "MAXATTN_PLUGINS"
@@ -178,19 +178,9 @@ def _check_hooks(plugin: object) -> None:
                     raise PluginError(f"hook {attribute} takes **{parameter.name}: name the arguments it uses instead")
 
 
-def _checked(backend: object) -> Backend:
-    if not isinstance(backend, Backend):
-        raise PluginError(f"maxattn_backends must return instances of maxattn.Backend, not {backend!r}")
-    name = getattr(backend, "name", None)
-    if not isinstance(name, str) or not name.isidentifier():
-        raise PluginError(f"a backend's name must be an identifier, not {name!r}")
-    facts = backend.capabilities
-    if not isinstance(facts, Capabilities):
-        raise PluginError(f"backend {name!r}: capabilities must be maxattn.Capabilities, not {facts!r}")
-    for fact in ("devices", "dtypes", "bias_dtypes"):
-        value = getattr(facts, fact)
-        if not isinstance(value, frozenset) and (value is not None or fact == "dtypes"):
-            raise PluginError(f"backend {name!r}: {fact} of its capabilities must be a frozenset, not {value!r}")
+def _checked(given: object) -> Backend:
+    backend = registry.checked(given)
+    name = backend.name
     if backend.api_version[0] != API_VERSION[0]:
         seen, ours = (".".join(map(str, version)) for version in (backend.api_version, API_VERSION))
         raise PluginError(f"backend {name!r} is written for plugin API {seen}, this maxattn has {ours}")

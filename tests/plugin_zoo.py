@@ -61,9 +61,9 @@ BROKEN = {
     "no_list": (HOOK.replace("[Own()]", "Own()"), "'Own' object is not iterable"),
     "a_class": (
         HOOK.replace("Own()", "Own"),
-        "must return instances of maxattn.Backend, not <class 'a_class_mod.Own'>",
+        "a backend must be an instance: Own(), not the class",
     ),
-    "a_string": (HOOK.replace("Own()", "'naive'"), "must return instances of maxattn.Backend, not 'naive'"),
+    "a_string": (HOOK.replace("Own()", "'naive'"), "a backend must be an instance of maxattn.Backend, not 'naive'"),
     "abstract": ("del Own.attend\nOwn.__abstractmethods__ = frozenset({'attend'})\n" + HOOK, "abstract"),
     "unnamed": ("del Own.name\n" + HOOK, "a backend's name must be an identifier, not None"),
     "misnamed": ("Own.name = 'my-own'\n" + HOOK, "a backend's name must be an identifier, not 'my-own'"),
@@ -74,11 +74,15 @@ BROKEN = {
     "capabilities_raise": ("Own.capabilities = property(fail)\n" + HOOK, "LookupError: asked and failed"),
     "list_of_dtypes": (
         "Own.capabilities = Capabilities(dtypes=[torch.float32])\n" + HOOK,
-        "backend 'list_of_dtypes': dtypes of its capabilities must be a frozenset, not [torch.float32]",
+        "dtypes of Capabilities must be a frozenset, not [torch.float32]",
     ),
     "device_as_text": (
         "Own.capabilities = Capabilities(devices='cpu')\n" + HOOK,
-        "backend 'device_as_text': devices of its capabilities must be a frozenset, not 'cpu'",
+        "devices of Capabilities must be a frozenset, not 'cpu'",
+    ),
+    "empty_range": (
+        "Own.capabilities = Capabilities(head_dims=(33, 63), head_dim_multiple=64)\n" + HOOK,
+        "head_dims of Capabilities must be (low, high), 1 <= low <= high with a multiple of 64 between them",
     ),
     "too_new": (
         "Own.api_version = (2, 0)\n" + HOOK,
@@ -109,9 +113,10 @@ BROKEN = {
     ),
 }
 
-# Plugins that load, with a backend that raises LookupError when it is asked whether it can serve, or how fast.
+# Plugins that load, with a backend that raises, or leaves the program, when asked whether it can serve, or how fast.
 RAISING = {
     "raises_in_unsupported": "Own.unsupported = fail\n" + HOOK,
+    "leaves_in_unsupported": "def leave(*_, **__):\n    raise SystemExit('I leave')\nOwn.unsupported = leave\n" + HOOK,
     "raises_in_relative_speed": "Own.relative_speed = fail\n" + HOOK,
     "raises_in_capabilities": "class Facts(Capabilities):\n    unsupported = fail\nOwn.capabilities = Facts()\n" + HOOK,
 }

@@ -16,6 +16,7 @@ import typer
 from maxattn import plugins
 
 SUFFIX = ".tmpl"
+RESERVED = frozenset({"core", "maxattn"})
 
 
 def register(app: typer.Typer) -> None:
@@ -47,8 +48,11 @@ def new(
     folder = into / name
     if folder.exists() or folder.is_symlink():
         raise FileExistsError(f"{folder} exists already: choose another name, another --into, or remove it")
-    into.mkdir(parents=True, exist_ok=True)
-    _write(folder, _skeleton(name))
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        _write(folder, _skeleton(name))
+    except OSError as error:
+        raise type(error)(f"choose another folder by --into: {folder} cannot be written: {error.strerror}") from error
     typer.echo(f"{folder} holds maxattn-{_dashed(name)}, with the backend {name!r}:\n")
     typer.echo("".join(f"  {path.relative_to(folder)}\n" for path in sorted(folder.rglob("*")) if path.is_file()))
     typer.echo(f"Install it, and try all that it declares:\n\n  cd {folder}\n  pip install -e '.[test]'\n  pytest")
@@ -58,6 +62,8 @@ def new(
 def _check(name: str) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise ValueError(f"{name!r} is no name of a backend: give an identifier in lower case, such as my_kernel")
+    if name in RESERVED:
+        raise ValueError(f"{name!r} is a name of maxattn's own: choose another")
     owner = plugins.load().owners.get(name)
     if owner is not None:
         raise ValueError(f"{owner} provides a backend {name!r} already, and names are unique: choose another")

@@ -122,6 +122,18 @@ class Capabilities:
     export: bool = True
     double_backward: bool = False
 
+    def __post_init__(self) -> None:
+        for fact in ("devices", "dtypes", "bias_dtypes"):
+            value = getattr(self, fact)
+            if not isinstance(value, frozenset) and (value is not None or fact == "dtypes"):
+                raise TypeError(f"{fact} of Capabilities must be a frozenset, not {value!r}")
+            if value is not None and not value:
+                raise ValueError(f"{fact} of Capabilities is empty: no problem could ever be served")
+        if not isinstance(self.head_dim_multiple, int) or self.head_dim_multiple < 1:
+            raise ValueError(f"head_dim_multiple of Capabilities must be 1 or more, not {self.head_dim_multiple!r}")
+        for fact, step in (("head_dims", self.head_dim_multiple), ("window_tokens", 1)):
+            _check_range(fact, getattr(self, fact), step)
+
     def unsupported(self, problem: Problem) -> list[Reason]:
         """The reasons why these facts exclude `problem`; an empty list means able.
 
@@ -180,6 +192,19 @@ class Capabilities:
             (problem.exporting, self.export, "export", "torch.export"),
         ]
         return [Reason(code, f"{what} is not supported") for wanted, able, code, what in asked if wanted and not able]
+
+
+def _check_range(fact: str, ends: object, step: int) -> None:
+    """Raise unless `ends` is None, or two numbers from 1 up with a multiple of `step` between them."""
+    match ends:
+        case None:
+            return
+        case (int(low), int(high)):
+            if not 1 <= low <= high // step * step:
+                multiple = f" with a multiple of {step} between them" if step > 1 else ""
+                raise ValueError(f"{fact} of Capabilities must be (low, high), 1 <= low <= high{multiple}, not {ends}")
+        case _:
+            raise TypeError(f"{fact} of Capabilities must be (low, high), two integers, not {ends!r}")
 
 
 class Backend(ABC):

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from maxattn.ops.contract import Backend
+from maxattn.ops.contract import Backend, Capabilities
 
 BACKENDS: dict[str, Backend] = {}
 """Every registered backend. Read it through `backends()`, which fills it first."""
@@ -43,6 +43,26 @@ def backends() -> Mapping[str, Backend]:
     return BACKENDS
 
 
+def checked(backend: object) -> Backend:
+    """`backend`, if it is an instance of `Backend` with a name and capabilities.
+
+    Raises:
+        TypeError: for what is none, or states no `Capabilities`.
+        ValueError: for a name that is no identifier.
+    """
+    if isinstance(backend, type) and issubclass(backend, Backend):
+        raise TypeError(f"a backend must be an instance: {backend.__name__}(), not the class")
+    if not isinstance(backend, Backend):
+        raise TypeError(f"a backend must be an instance of maxattn.Backend, not {backend!r}")
+    name = getattr(backend, "name", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"a backend's name must be an identifier, not {name!r}")
+    facts = backend.capabilities
+    if not isinstance(facts, Capabilities):
+        raise TypeError(f"backend {name!r}: capabilities must be maxattn.Capabilities, not {facts!r}")
+    return backend
+
+
 @contextmanager
 def registered(backend: Backend) -> Iterator[Backend]:
     """Have `backend` registered within a `with` block, in place of one of the same name: for trying and testing one.
@@ -55,7 +75,7 @@ def registered(backend: Backend) -> Iterator[Backend]:
         ...     "mine" in backends()
         True
     """
-    before = backends().get(backend.name)
+    before = backends().get(checked(backend).name)
     BACKENDS[backend.name] = backend
     _changed()
     try:

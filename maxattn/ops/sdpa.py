@@ -101,21 +101,21 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _needs_math(problem: Problem) -> bool:
-    """Where the fused CUDA kernels fail, or sum the bias gradient in no fixed order although one is asked for."""
+    """Where the fused CUDA kernels fail, or sum the bias gradient in no fixed order although one is asked for.
+
+    For a scale of 0 flash's gives NaN, for a negative one cuDNN's gives NaN gradients.
+    """
     if problem.device != "cuda":
         return False
     only_bias = problem.bias_requires_grad and not problem.requires_grad
     in_no_order = problem.deterministic and problem.differentiated
-    return only_bias or in_no_order or problem.batch == 0
+    return only_bias or in_no_order or problem.batch == 0 or problem.softmax_scale <= 0
 
 
 def _inner_kernel(problem: Problem) -> AbstractContextManager[None]:
-    """The kernels that PyTorch may choose from.
-
-    cuDNN's gives NaN gradients for a scale that is not positive, and drops the same weights for several queries.
-    """
+    """The kernels that PyTorch may choose from. cuDNN's drops the same weights for several queries."""
     if _needs_math(problem):
         return sdpa_kernel(SDPBackend.MATH)
-    if problem.device == "cuda" and (problem.softmax_scale <= 0 or problem.dropout_p > 0):
+    if problem.device == "cuda" and problem.dropout_p > 0:
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     return nullcontext()

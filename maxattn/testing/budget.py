@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maxattn.ops.contract import Backend, Problem
+from maxattn.ops.contract import Problem
 from maxattn.ops.naive import Naive
 from maxattn.testing.case import Inputs
 from maxattn.testing.failure import require
@@ -42,7 +42,7 @@ class Share(NamedTuple):
 
 
 def reference(
-    inputs: Inputs, problem: Problem, dtype: torch.dtype | None = None, naive: Backend = NAIVE
+    inputs: Inputs, problem: Problem, dtype: torch.dtype | None = None, naive: Naive = NAIVE
 ) -> dict[str, Tensor]:
     """The output of `naive` and the gradients of q, k, v and bias that `inputs` ask for; in `dtype`, if it is given."""
     given = inputs.copied(dtype)
@@ -66,7 +66,7 @@ def collect(out: Tensor, leaves: dict[str, Tensor], grad_out: Tensor, *, retain:
     return results
 
 
-def shares(results: dict[str, Tensor], inputs: Inputs, problem: Problem, naive: Backend = NAIVE) -> dict[str, Share]:
+def shares(results: dict[str, Tensor], inputs: Inputs, problem: Problem, naive: Naive = NAIVE) -> dict[str, Share]:
     """The error of every result and what the budget allows for it, in the largest absolute value and in the 2-norm.
 
     Allowed is `|backend - fp64| <= 2 |naive in the same dtype - fp64| + eps`, where fp64 is `naive` on the same
@@ -77,26 +77,29 @@ def shares(results: dict[str, Tensor], inputs: Inputs, problem: Problem, naive: 
     - the rounding is that of the coarser of the result's dtype and `qkv`'s, for a backend may hold the attention
       weights in the dtype of `qkv`: an fp32 problem gets no more for a bias in bf16. To it come three roundings in
       fp32 (fp64 for fp64): that of the logits, times their size, since an exponential multiplies a relative error by
-      that; that of the exponential itself; and that of sums, times the square root of their terms, since nobody says
-      in which order to add;
+      that; that of the exponential itself; and that of sums. A sum is rounded once for the square root of its terms,
+      since nobody says in which order to add;
     - the magnitude is the norm of the exact result, or that of the terms that cancel in it if it is larger. A gradient
       through a softmax is a difference, `P (dP - delta)` with `delta` the dot product of the output and its gradient.
-      Where a token attends to little but itself the difference is near 0, and its rounding is that of `delta`.
+      Where a token attends to little but itself the difference is near 0, and its rounding is that of `delta`. The
+      terms of `P v` and of the gradient of v may cancel too, but are summed in fp32: they count for its roundings.
     """
-    exact = reference(inputs, problem, torch.float64, naive)
+    watched = _Watched(naive)
+    exact = reference(inputs, problem, torch.float64, watched)
     coarse = exact if problem.dtype == torch.float64 else reference(inputs, problem, None, naive)
-    terms = _cancelling_terms(inputs, problem, exact["out"]) if problem.differentiated else {}
+    terms = _Terms.of(inputs, problem, exact["out"], watched.weights)
     logits = _size_of_logits(inputs, problem)
     found = {}
     for name, expected in exact.items():
         of_result, of_sums = _epsilons(results[name].dtype, problem.dtype)
-        summed = _windows(inputs, problem) if name == "dbias" else problem.tokens
+        of_sums *= EXPONENTIAL + logits + (_windows(inputs, problem) if name == "dbias" else problem.tokens) ** 0.5
         for norm, units in UNITS.items():
-            magnitude = max(_norm(x, norm) for x in (expected, *terms.get(name, ())))
-            rounding = (UNITS_FP64 if problem.dtype == torch.float64 else units) * (
-                of_result + of_sums * (EXPONENTIAL + logits + summed**0.5)
+            of_rounded = max(_norm(expected, norm), _norm(terms.rounded.get(name, expected), norm))
+            of_summed = max(of_rounded, _norm(terms.summed.get(name, expected), norm))
+            allowed = 2 * _norm(coarse[name] - expected, norm)
+            allowed += (UNITS_FP64 if problem.dtype == torch.float64 else units) * (
+                of_result * of_rounded + of_sums * of_summed
             )
-            allowed = 2 * _norm(coarse[name] - expected, norm) + rounding * magnitude
             found[f"{name} ({norm})"] = Share(_norm(results[name] - expected, norm), allowed)
     return found
 
@@ -127,45 +130,58 @@ def _windows(inputs: Inputs, problem: Problem) -> int:
 
 
 def _size_of_logits(inputs: Inputs, problem: Problem) -> float:
-    """No logit, nor any of the two terms it is a sum of, is larger than this."""
+    """How many roundings of 1 a logit may be off by: it is a sum of `head_dim` terms, and the bias."""
     if not inputs.qkv.numel():
         return 0.0
     q, k, _ = inputs.qkv.detach().double().norm(dim=-1).unbind(3)
     bias = 0.0 if inputs.bias is None else inputs.bias.detach().abs().max().item()
-    return abs(problem.softmax_scale) * (q.max() * k.max()).item() + bias
+    return abs(problem.softmax_scale) * (q.max() * k.max()).item() * problem.head_dim**0.5 + bias
 
 
-def _cancelling_terms(inputs: Inputs, problem: Problem, out: Tensor) -> dict[str, list[Tensor]]:
-    """The size of what is subtracted in the gradients through the softmax: `P delta`, times k for q and q for k.
-
-    `delta` sums absolute values, for it is itself rounded term by term. For the bias, whose gradient is a sum over all
-    windows, the root of the sum of squares.
+class _Terms(NamedTuple):
+    """The size of what cancels in the results, by their names: where each term is rounded as the result is, and where
+    terms are summed in fp32. Of a sum of many, the root of the sum of squares.
     """
-    q, k, _ = inputs.qkv.detach().double().unbind(3)
-    bias = None if inputs.bias is None else inputs.bias.detach().double()
-    delta = (out * inputs.grad_out.double()).abs().sum(-1, keepdim=True)
-    naive = _Weights()
-    with torch.enable_grad():
-        values = k.clone().requires_grad_()
-        mean_key = naive.attend(torch.stack((q, k, values), 3), bias, _in_dtype(problem, torch.float64))
-        (mean_query,) = torch.autograd.grad(mean_key, values, delta * q)
-    scale = problem.softmax_scale
-    of_bias = naive.weights * by_group(delta, problem).transpose(2, 3)
-    return {
-        "dq": [scale * delta * mean_key.detach()],
-        "dk": [scale * mean_query],
-        "dbias": [of_bias.square().sum((0, 1)).sqrt()],
-    }
+
+    rounded: dict[str, Tensor]
+    summed: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, inputs: Inputs, problem: Problem, out: Tensor, weights: Tensor) -> _Terms:
+        """The terms of `P v` and `P dO`; and of the gradients through the softmax, which are `P delta`, times k for q
+        and q for k. `delta` sums absolute values, for it is itself rounded term by term. All by group.
+        """
+
+        def grouped(x: Tensor) -> Tensor:
+            """`x (B, H, W, h, ...)` as `(B, groups, h, N, ...)`."""
+            return by_group(x, problem).transpose(2, 3)
+
+        q, k, v = (grouped(x) for x in inputs.qkv.detach().double().unbind(3))
+        grad_out, out = grouped(inputs.grad_out.double()), grouped(out)
+        inside = grouped(torch.ones_like(inputs.qkv[:, :, :, 0, :, :1], dtype=torch.float64))
+        weights = weights * inside
+        squares = weights.square()
+        summed = {"out": (squares @ v.square()).sqrt(), "dv": (squares.mT @ grad_out.square()).sqrt()}
+        delta = (out * grad_out).abs().sum(-1, keepdim=True)
+        rounded = {
+            "dq": problem.softmax_scale * delta * (weights @ k),
+            "dk": problem.softmax_scale * (weights.mT @ (delta * q)),
+            "dbias": (squares * delta.square()).sum((0, 1)).sqrt(),
+        }
+        return cls(rounded, summed)
 
 
-class _Weights(Naive):
-    """`naive` that keeps its attention weights `(B, groups, h, N, N)`."""
+class _Watched(Naive):
+    """`naive` whose attention weights `(B, groups, h, N, N)`, before dropout, are kept."""
 
     weights: Tensor
 
+    def __init__(self, naive: Naive) -> None:
+        self._naive = naive
+
     def drop(self, weights: Tensor, problem: Problem) -> Tensor:
         self.weights = weights.detach()
-        return weights
+        return self._naive.drop(weights, problem)
 
 
 def _in_dtype(problem: Problem, dtype: torch.dtype) -> Problem:

@@ -134,6 +134,14 @@ class Case:
         own = {name: changed.pop(name) for name in list(changed) if name in self.__dataclass_fields__}
         return replace(self, problem=replace(self.problem, **changed), **own)
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Batch, height and width. Raises ValueError where a compiler is to trace them as symbols."""
+        batch, height, width = self.problem.batch, self.problem.height, self.problem.width
+        if batch is None or height is None or width is None:
+            raise ValueError(f"tensors need sizes that are known: {self.problem}")
+        return batch, height, width
+
     def tensors(self) -> Inputs:
         """`qkv`, `bias` and the gradient of the output, surrounded by NaN in memory; the numbers suit every device."""
         problem = self.problem
@@ -151,7 +159,8 @@ class Case:
 
     def _values(self) -> tuple[Tensor, Tensor, Tensor]:
         problem = self.problem
-        B, H, W, h, d, N = _sizes(problem)
+        B, H, W = self.sizes
+        h, d, N = problem.heads, problem.head_dim, problem.tokens
         generator = torch.Generator().manual_seed(self.seed)
         qkv = torch.randn(B, H, W, 3, h, d, generator=generator)
         bias = torch.randn(h, N, N, generator=generator)
@@ -177,7 +186,7 @@ class Case:
             case "cancelling":
                 q_and_k.zero_()
                 bias.zero_()
-                qkv[:, :, :, 2] = _cancelling(problem)
+                qkv[:, :, :, 2] = _cancelling(H, W, problem)
             case "scaled gradient":
                 grad_out *= 1000
             case "one sign":
@@ -221,14 +230,7 @@ def memory_of(x: Tensor) -> Tensor:
     return x.detach().as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
 
 
-def _cancelling(problem: Problem) -> Tensor:
+def _cancelling(height: int, width: int, problem: Problem) -> Tensor:
     """Values `(H, W, 1, 1)` of which, in every window, half are 128, half are -128, and one has 1 more."""
-    _, height, width, *_ = _sizes(problem)
     token = token_of_pixel(height, width, problem, torch.device("cpu"))[:, :, None, None]
     return torch.where(token < problem.tokens // 2, 128.0, -128.0) + (token == 0)
-
-
-def _sizes(problem: Problem) -> tuple[int, int, int, int, int, int]:
-    if problem.batch is None or problem.height is None or problem.width is None:
-        raise ValueError(f"tensors need sizes that are known: {problem}")
-    return problem.batch, problem.height, problem.width, problem.heads, problem.head_dim, problem.tokens

@@ -10,8 +10,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from maxattn.ops.contract import Backend
 from maxattn.ops.max_sa import max_sa
+from maxattn.ops.naive import Naive
 from maxattn.testing.budget import NAIVE, collect, shares, told_over
 from maxattn.testing.case import Case, Inputs, memory_of
 from maxattn.testing.failure import require
@@ -43,7 +43,7 @@ def verify(attend: Attend, case: Case) -> None:
     within_budget(observe(attend, inputs, case), inputs, case)
 
 
-def within_budget(results: dict[str, Tensor], inputs: Inputs, case: Case, naive: Backend = NAIVE) -> None:
+def within_budget(results: dict[str, Tensor], inputs: Inputs, case: Case, naive: Naive = NAIVE) -> None:
     """Raise CheckFailed where a result is further from exact than the budget allows; `naive` is the specification."""
     over = told_over(shares(results, inputs, case.problem, naive))
     require(not over, f"over the error budget: {over}")
@@ -57,6 +57,9 @@ def observe(attend: Attend, inputs: Inputs, case: Case) -> dict[str, Tensor]:
     with deterministic(case.problem.deterministic), uninitialised_is_nan():
         with torch.set_grad_enabled(bool(leaves)):
             out = attend(qkv, bias)
+        for name, x in (("qkv", qkv), ("bias", bias)):
+            asked = name in leaves
+            require(x is None or x.requires_grad == asked, f"requires_grad of {name} was {asked}, and is changed")
         check_output(out, inputs, differentiated=bool(leaves))
         kept = out.detach().clone()
         results = collect(out, leaves, grad_out)
@@ -111,6 +114,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
 def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
         x = allocate(*args, **kwargs)
+        if type(x) is not Tensor:  # a compiler is tracing, and would trace the filling too
+            return x
         if x.dtype.is_floating_point:
             return x.detach().fill_(float("nan")).requires_grad_(x.requires_grad)
         return x if x.dtype in (torch.bool, torch.uint8) else x.fill_(torch.iinfo(x.dtype).max)

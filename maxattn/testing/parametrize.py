@@ -28,7 +28,8 @@ def parametrize_with_backend_checks(
     fails the test, so that the list stays true. The other arguments are those of `check_backend`.
 
     Raises:
-        ValueError: for an expected failure of an unknown check, or of one that does not apply to the backend.
+        TypeError: for expected failures that are no mapping of names to reasons.
+        ValueError: for an expected failure of an unknown check, of one that does not apply, or without a reason.
 
     Example:
         >>> from maxattn.ops.naive import Naive
@@ -36,8 +37,13 @@ def parametrize_with_backend_checks(
         ... def test_naive(check):
         ...     check()
     """
+    if not isinstance(expected_failures, Mapping | None):
+        raise TypeError(f"expected_failures must map names of checks to reasons, not be {expected_failures!r}")
     backend, expected = find_backend(backend), dict(expected_failures or {})
     checks_named(list(expected))
+    for name, why in expected.items():
+        if not isinstance(why, str) or not why.strip():
+            raise ValueError(f"the failure of {name!r} is expected, but not why: {why!r} is no reason")
     subject = subject_of(backend, device, examples, seed)
     applicable = [check for check in CHECKS.values() if not check.not_applicable(subject)]
     for name in expected:

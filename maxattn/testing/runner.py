@@ -12,7 +12,7 @@ import torch
 
 import maxattn.testing.checks  # noqa: F401 - registers them
 from maxattn.ops.contract import Backend
-from maxattn.ops.registry import backends, registered
+from maxattn.ops.registry import backends, checked, registered
 from maxattn.testing.failure import CheckFailed, NotApplicable
 from maxattn.testing.registry import CHECKS, Check
 from maxattn.testing.report import Outcome, Report
@@ -53,8 +53,8 @@ def check_backend(
         A `Report`. Print it to read it; `report.passed` is the verdict.
 
     Raises:
-        ValueError: for an unknown backend or check, a device that is not here, or dtypes that are not declared.
-        TypeError: for what is no backend.
+        ValueError: for an unknown backend or check, a device that is not here, or a dtype that is not declared.
+        TypeError: for what is no backend, and arguments of another type.
 
     Example:
         >>> from maxattn.testing import check_backend
@@ -64,8 +64,6 @@ def check_backend(
     """
     found = find_backend(backend)
     checks = checks_named(only)
-    if examples < 1:
-        raise ValueError(f"examples must be at least 1, not {examples}")
     outcomes = []
     with registered(found):
         for check in checks:
@@ -81,17 +79,26 @@ def check_backend(
 def subject_of(backend: Backend, device: str, examples: int, seed: int, dtypes: Sequence[torch.dtype] = ()) -> Subject:
     """What checks are given, for arguments of `check_backend`."""
     facts = backend.capabilities
+    for name, number in (("examples", examples), ("seed", seed)):
+        if not isinstance(number, int):
+            raise TypeError(f"{name} must be an integer, not {number!r}")
+    if examples < 1:
+        raise ValueError(f"examples must be at least 1, not {examples}")
     _require_device(device)
     if facts.devices is not None and device not in facts.devices:
         raise ValueError(f"{backend.name} declares no support for {device}: {', '.join(sorted(facts.devices))}")
-    if dtypes and not facts.dtypes & set(dtypes):
-        raise ValueError(f"{backend.name} declares none of {', '.join(map(str, dtypes))}")
+    if isinstance(dtypes, torch.dtype):
+        raise TypeError(f"dtypes must be a list: [{dtypes}]")
+    for dtype in dtypes:
+        if dtype not in facts.dtypes:
+            known = ", ".join(sorted(map(str, facts.dtypes)))
+            raise ValueError(f"{backend.name} does not declare {dtype}: {known}")
     return Subject(backend, device, examples, seed, dtypes)
 
 
 def _require_device(device: str) -> None:
     try:
-        kind = torch.device(device)
+        kind = torch.device(device) if isinstance(device, str) else None
     except RuntimeError:
         kind = None
     if kind is None or kind.index is not None:
@@ -152,11 +159,7 @@ def find_backend(backend: Backend | str) -> Backend:
             hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
             raise ValueError(f"no backend is named {backend!r}; {hint}known: {', '.join(sorted(known))}")
         return known[backend]
-    if isinstance(backend, type) and issubclass(backend, Backend):
-        raise TypeError(f"backend must be an instance: {backend.__name__}(), not the class")
-    if not isinstance(backend, Backend):
-        raise TypeError(f"backend must be a maxattn.Backend or the name of one, not {type(backend).__name__}")
-    return backend
+    return checked(backend)
 
 
 @contextmanager

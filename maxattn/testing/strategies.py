@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from math import isqrt
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def windows(facts: Capabilities, most: int = SMALL_TOKENS) -> list[tuple[int, in
         [(1, 1), (1, 2), (2, 1)]
     """
     low, high = facts.window_tokens or (1, LARGEST_SIDE**2)
-    sides = range(1, LARGEST_SIDE + 1)
+    sides = range(1, max(LARGEST_SIDE, isqrt(low - 1) + 1) + 1)
     allowed = [(a, b) for a in sides for b in sides if low <= a * b <= min(high, max(most, 2 * low))]
     return sorted(allowed, key=lambda window: (window[0] * window[1], abs(window[0] - window[1]), window))
 
@@ -113,7 +114,14 @@ def cases(
     values: Sequence[str] = ("normal",),
     **of_problem: Any,
 ) -> st.SearchStrategy[Case]:
-    """Cases of `problems(facts, base, **of_problem)`, in contiguous memory unless `layouts` asks for any layout."""
+    """Cases of `problems(facts, base, **of_problem)`, in contiguous memory unless `layouts` asks for any layout.
+
+    Example:
+        >>> from hypothesis import find
+        >>> base = Problem(axis="block", window=(1, 1), batch=1, height=1, width=1, heads=1, head_dim=1)
+        >>> print(find(cases(Capabilities(head_dim_multiple=8), base), lambda case: case.problem.heads > 1))
+        block 1x1, image 1x1x1, 2 heads of 8, float64, cpu, bias float64, no gradient; seed 0
+    """
 
     def names(table: Iterable[str]) -> st.SearchStrategy[str]:
         return st.sampled_from(tuple(table)) if layouts else st.just("contiguous")

@@ -65,7 +65,7 @@ class Subject:
         Of a rectangular window of about 16 tokens if the backend serves one, else of the next best that it serves.
         """
         first: Problem | None = None
-        liked = sorted(self.windows(), key=lambda side: (abs(side[0] * side[1] - 15), side[0] == side[1], -side[0]))
+        liked = sorted(self.windows(), key=lambda window: (abs(window[0] * window[1] - 15), *_unlike_5x3(window)))
         for window, head_dim in product(liked, sorted(self.head_dims(128), key=lambda d: abs(d - 16))):
             problem = self._base(window, head_dim)
             first = first or problem
@@ -141,7 +141,7 @@ class Subject:
             with_dtype = "dtype" in change and self.base.bias is not None
             bias = {"bias": self._bias_beside(change["dtype"])} if with_dtype else {}
             found += [base.but(**(bias | fixed | change), axis=axis) for axis in strategies.AXES]
-        return [case for case in found if not self.reasons(case.problem)]
+        return [case for case in dict.fromkeys(found) if not self.reasons(case.problem)]
 
     def try_drawn(self, drawn: SearchStrategy[Case], test: Test, *, share: float = 1.0) -> None:
         """Try `test` on cases that hypothesis draws, for a share of the examples. Raises Failing with the smallest."""
@@ -200,6 +200,12 @@ class Subject:
         """One more case is done."""
         self.done += 1
         self.on_case()
+
+
+def _unlike_5x3(window: tuple[int, int]) -> tuple[bool, int, bool]:
+    """Rectangular windows before square ones, those that are nearly square before narrow ones, and high ones first."""
+    high, wide = window
+    return high == wide, abs(high - wide), high < wide
 
 
 def full_windows(window: tuple[int, int]) -> dict[str, Any]:

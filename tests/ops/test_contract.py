@@ -179,3 +179,21 @@ def test_a_problem_prints_its_facts() -> None:
         "block 4x3, image ?x10x9, 2 heads of 24, bfloat16, cuda sm90, bias float32, gradient of qkv and bias, "
         "dropout 0.1, ragged, deterministic, compiling, exporting"
     )
+
+
+@pytest.mark.parametrize(
+    ("facts", "error", "message"),
+    [
+        ({"head_dims": (64, 16)}, ValueError, r"head_dims .* 1 <= low <= high, not \(64, 16\)"),
+        ({"head_dims": (17, 23), "head_dim_multiple": 8}, ValueError, "with a multiple of 8 between them"),
+        ({"window_tokens": (0, 4)}, ValueError, r"window_tokens .* not \(0, 4\)"),
+        ({"window_tokens": 64}, TypeError, r"window_tokens .* two integers, not 64"),
+        ({"head_dim_multiple": 0}, ValueError, "must be 1 or more, not 0"),
+        ({"dtypes": frozenset()}, ValueError, "dtypes of Capabilities is empty"),
+        ({"dtypes": None}, TypeError, "dtypes of Capabilities must be a frozenset, not None"),
+        ({"devices": {"cpu"}}, TypeError, "devices of Capabilities must be a frozenset, not {'cpu'}"),
+    ],
+)
+def test_facts_that_exclude_everything_are_refused(facts: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Capabilities(**facts)

@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from maxattn import Backend, Capabilities, Problem, Reason
 from maxattn.ops import windows
 from maxattn.ops.naive import Naive, groups_and_tokens
-from maxattn.ops.sdpa import Sdpa
 
 LOG2_E = 1.4426950408889634
 
@@ -318,7 +317,6 @@ CORRECT = {
     backend.name: backend
     for backend in (
         Naive(),
-        Sdpa(),
         Steps(),
         Operators(),
         OnlineSoftmax(),

@@ -16,7 +16,7 @@ import maxattn
 from maxattn import Capabilities, Problem
 from maxattn.ops.naive import Naive
 from maxattn.ops.registry import backends
-from maxattn.testing import Report, check_backend, parametrize_with_backend_checks
+from maxattn.testing import Report, check_backend, parametrize_with_backend_checks, strategies
 from maxattn.testing.registry import CHECKS
 
 NARROW = Capabilities(dtypes=frozenset({torch.float32}), bias=False, dropout=False, compile=False, export=False)
@@ -129,17 +129,32 @@ def test_modes_of_the_process_are_as_before() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+class Nameless(Naive):
+    name = None  # type: ignore[assignment]
+
+
+class Factless(Naive):
+    name = "factless"
+    capabilities = {"bias": True}  # type: ignore[assignment]  # noqa: RUF012
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"backend": "sdpaa"}, ValueError, "no backend is named 'sdpaa'; did you mean 'sdpa'"),
         ({"backend": Naive}, TypeError, r"must be an instance: Naive\(\), not the class"),
-        ({"backend": 3}, TypeError, "must be a maxattn.Backend or the name of one, not int"),
+        ({"backend": 3}, TypeError, "a backend must be an instance of maxattn.Backend, not 3"),
+        ({"backend": Nameless()}, ValueError, "a backend's name must be an identifier, not None"),
+        ({"backend": Factless()}, TypeError, "capabilities must be maxattn.Capabilities, not {'bias': True}"),
         ({"only": ["raged"]}, ValueError, "no check is named 'raged'; did you mean ragged"),
         ({"examples": 0}, ValueError, "examples must be at least 1, not 0"),
+        ({"examples": 2.5}, TypeError, "examples must be an integer, not 2.5"),
+        ({"seed": "0"}, TypeError, "seed must be an integer, not '0'"),
+        ({"device": None}, ValueError, "device None is no kind of device"),
+        ({"dtypes": torch.float32}, TypeError, r"dtypes must be a list: \[torch.float32\]"),
         ({"device": "abacus"}, ValueError, "device 'abacus'"),
         ({"device": "mps"}, ValueError, "device 'mps': there is none here"),
-        ({"backend": OffFromSeven(), "dtypes": [torch.float16]}, ValueError, "declares none of torch.float16"),
+        ({"backend": OffFromSeven(), "dtypes": [torch.float16]}, ValueError, "does not declare torch.float16"),
     ],
 )
 def test_wrong_arguments_are_told(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -278,3 +293,19 @@ maxattn.cli.main()
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "check_backend needs hypothesis, which is not installed: pip install 'maxattn[testing]'" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("expected", "error", "message"),
+    [
+        (["scale"], TypeError, r"must map names of checks to reasons, not be \['scale'\]"),
+        ({"scale": " "}, ValueError, "the failure of 'scale' is expected, but not why: ' ' is no reason"),
+    ],
+)
+def test_an_expected_failure_needs_a_reason(expected: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        parametrize_with_backend_checks("naive", expected)
+
+
+def test_windows_of_more_tokens_than_the_kit_tries_by_default_are_tried_where_no_other_is_declared() -> None:
+    assert strategies.windows(Capabilities(window_tokens=(2000, 2100)))

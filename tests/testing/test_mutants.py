@@ -41,6 +41,7 @@ FOUND_BY = {
     "own_memory": "gradient_buffer_reused",
     "changed_inputs": "bias_cached_by_address",
     "no_side_effects": "matmul_precision_left_changed",
+    "default_dtype": "scale_in_the_default_dtype",
     "isolated": "edge_pixels_with_weight_zero",
     "threads": "problem_kept_on_the_instance",
     "repeatable": "sometimes_without_the_last_group",

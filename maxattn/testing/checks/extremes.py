@@ -14,6 +14,8 @@ from maxattn.testing.subject import NO_GRADIENT, Subject
 
 CUDA_GRID = 65_535
 """More blocks than this along the second or third axis of a CUDA grid are an error, or worse, ignored."""
+DIFFERENT = 7
+"""Images that are repeated to make many; a prime, so that no power of two later comes an image that is the same."""
 INT32 = 2**31
 
 
@@ -36,8 +38,24 @@ def many_windows(subject: Subject) -> None:
     sizes = {"window": (P_h, P_w), "heads": 1, "head_dim": subject.head_dims(8)[0]}
     many_images = {"batch": CUDA_GRID + 3, "height": P_h, "width": P_w}
     one_image = {"batch": 1, "height": 271 * P_h, "width": 243 * P_w}
-    cheap = [many_images, one_image] if P_h * P_w <= 4 else [many_images | NO_GRADIENT]
-    subject.try_each(subject.variants(*cheap, **sizes), lambda case: _verify_in_place(subject, case, case.tensors()))
+    if P_h * P_w <= 4:
+        cases = subject.variants(many_images, one_image, **sizes)
+        subject.try_each(cases, lambda case: _verify_in_place(subject, case, case.tensors()))
+    else:
+        cases = subject.variants(many_images | {"batch": DIFFERENT, "bias_requires_grad": False}, **sizes)
+        subject.try_each(cases, lambda case: _check_repeated(subject, case))
+
+
+def _check_repeated(subject: Subject, case: Case) -> None:
+    """A few images again and again: the first ones, and those that come out least like them, must be right."""
+    few, times = case.tensors(), CUDA_GRID // DIFFERENT + 1
+    qkv, grad_out = (x.detach().repeat(times, *(1,) * (x.ndim - 1)) for x in (few.qkv, few.grad_out))
+    many = Inputs(qkv.requires_grad_(few.qkv.requires_grad), few.bias, grad_out)
+    out = subject.attend(case)(many.qkv, many.bias)
+    results = {name: x.unflatten(0, (times, DIFFERENT)) for name, x in collect(out, many.leaves, many.grad_out).items()}
+    odd = {int((x - x[0]).abs().flatten(1).amax(1).argmax()) for x in results.values()}  # NaN counts as the largest
+    for turn in {0} | odd:
+        within_budget({name: x[turn] for name, x in results.items()}, few, case)
 
 
 def _verify_in_place(subject: Subject, case: Case, inputs: Inputs) -> None:

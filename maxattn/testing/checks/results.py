@@ -96,6 +96,9 @@ def bias_sum(subject: Subject) -> None:
 def values(subject: Subject) -> None:
     tried: list[dict[str, Any]] = [{"values": name, "scale": scale} for name in VALUES for scale in (-0.5, 1.0)]
     several_tiles = subject.windows(SEVERAL_TILES)[-1]
+    if subject.facts.ragged:  # groups of few tokens, whose logits may all be below those of the missing keys
+        few = {"height": subject.base.window[0] + 1, "width": 1}
+        tried += [few | {"values": name, "scale": scale} for name in VALUES for scale in (-0.5, 1.0)]
     for name in VALUES:
         for dtype in strategies.dtypes(subject.facts):
             tried.append({"values": name, "dtype": dtype})

@@ -18,7 +18,7 @@ from maxattn.testing import strategies
 from maxattn.testing.budget import NAIVE, collect
 from maxattn.testing.case import Case, Inputs
 from maxattn.testing.failure import require
-from maxattn.testing.observe import deterministic, observe, verify, within_budget
+from maxattn.testing.observe import Attend, deterministic, observe, verify, within_budget
 from maxattn.testing.registry import check, declared
 from maxattn.testing.subject import NO_GRADIENT, SEVERAL_TILES, Failing, Subject, full_windows
 
@@ -47,8 +47,10 @@ def independent_calls(subject: Subject) -> None:
 
 @check("outputs and gradients are memory of their own, kept whole by later calls and by interleaved backward passes")
 def own_memory(subject: Subject) -> None:
-    cases = [case for case in _alike(subject) if case.problem.differentiated == subject.facts.backward]
-    for first, second in pairwise(cases):
+    cases = _alike(subject)
+    differentiated = [case for case in cases if case.problem.differentiated]
+    plain = [case for case in cases if not case.problem.differentiated]
+    for first, second in (*pairwise(differentiated), *pairwise(plain)):
         subject.try_each([first], partial(_check_interleaved, subject, second))
         subject.try_each([first], partial(_check_interleaved, subject, first.but(seed=first.seed + 7)))
 
@@ -100,6 +102,24 @@ def _process_state(device: str) -> dict[str, Any]:
         "autocast": torch.is_autocast_enabled(device) if torch.amp.is_autocast_available(device) else None,
         "number of threads": torch.get_num_threads(),
     }
+
+
+@check("the default dtype of the process does not matter: that of qkv counts")
+def default_dtype(subject: Subject) -> None:
+    cases = subject.variants({}, NO_GRADIENT, {"scale": 0.3})
+    subject.try_each(cases, lambda case: verify(_in_bf16_mode(subject.attend(case)), case))
+
+
+def _in_bf16_mode(attend: Attend) -> Attend:
+    def attend_in_bf16_mode(qkv: Tensor, bias: Tensor | None) -> Tensor:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            return attend(qkv, bias)
+        finally:
+            torch.set_default_dtype(before)
+
+    return attend_in_bf16_mode
 
 
 @check("windows, heads and images are apart: a NaN in one leaves all others as they are")

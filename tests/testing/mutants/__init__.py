@@ -46,6 +46,8 @@ THEMES = {
         "independent_calls",
         "changed_inputs",
         "no_side_effects",
+        "default_dtype",
+        "own_memory",
         "threads",
         "repeatable",
         "bitwise",

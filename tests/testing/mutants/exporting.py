@@ -28,3 +28,9 @@ def exported_as_blocks(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Te
 def exported_with_a_fixed_batch(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
     """the batch becomes a plain int, which fixes every traced graph to one batch"""
     return exact(qkv[: index(qkv.shape[0])], bias, problem)
+
+
+@mutant()
+def exported_as_blocks_for_any_size(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    """a graph for images of any size has no room for the grid's dilation, and holds blocks"""
+    return exact(qkv, bias, problem, axis="block" if problem.height is None else problem.axis)

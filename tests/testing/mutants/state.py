@@ -212,3 +212,25 @@ def matmul_precision_left_changed(qkv: Tensor, bias: Tensor | None, problem: Pro
     """torch.set_float32_matmul_precision("medium") is called, and holds for the whole program"""
     torch.set_float32_matmul_precision("medium")
     return exact(qkv, bias, problem)
+
+
+@mutant()
+class ScaleInTheDefaultDtype(Steps):
+    """the scale becomes a tensor of the default dtype of the process"""
+
+    def logits(self, q: Tensor, k: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+        scale = torch.tensor(problem.softmax_scale, device=q.device).to(q.dtype)
+        logits = q @ k.transpose(-2, -1) * scale
+        return logits if bias is None else logits + bias.to(logits.dtype)
+
+
+@mutant(**EAGER)
+class OutputReusedWithoutGradient(Steps):
+    """where no gradient is needed, calls of the same shape write to the same output"""
+
+    def __init__(self) -> None:
+        self.outputs: dict[Any, Tensor] = {}
+
+    def result(self, out: Tensor, problem: Problem) -> Tensor:
+        out = super().result(out, problem)
+        return out if problem.differentiated else self.outputs.setdefault((out.shape, out.dtype), out).copy_(out)

@@ -20,7 +20,7 @@ class Steps(Backend):
     """Right, and differentiated by autograd: each method is a step."""
 
     name = "steps"
-    capabilities = Capabilities()
+    capabilities = Capabilities(compile=False, export=False)
 
     def index_map(self, size: int, window: int, axis: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """As `groups_and_tokens`."""
@@ -95,7 +95,6 @@ class Explicit(Steps):
     """Right, with the backward pass of a fused kernel: weights are computed again, each gradient is a step."""
 
     name = "explicit"
-    capabilities = Capabilities(compile=False, export=False)
 
     def attend(self, qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
         return Attention.apply(qkv, bias, problem, self)
