@@ -91,7 +91,7 @@ def _entry_points(loaded: Loaded) -> list[EntryPoint]:
                 found.setdefault(re.sub("[-_.]+", "-", _origin(distribution)[0]).lower(), points)
         except Exception as error:
             name, version = _origin(distribution)
-            failure = f"its entry points cannot be read: {_told(error)}"
+            failure = f"its entry points cannot be read: {registry.told(error)}"
             log.warning("%s: %s", name, failure)
             loaded.plugins.append(Plugin("?", name, version, failure=failure, traceback=_traceback(error)))
     return sorted((point for points in found.values() for point in points), key=lambda one: (one.name, one.value))
@@ -115,7 +115,7 @@ def _load_one(loaded: Loaded, name: str, distribution: str, version: str, load_o
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # sys.exit(), and the panics of extension modules
-        failure, seconds = _told(error), perf_counter() - start
+        failure, seconds = registry.told(error), perf_counter() - start
         log.warning("plugin %s of %s is installed but failed: %s", name, distribution, failure)
         loaded.plugins.append(Plugin(name, distribution, version, (), failure, _traceback(error), seconds))
         return
@@ -124,15 +124,6 @@ def _load_one(loaded: Loaded, name: str, distribution: str, version: str, load_o
         loaded.owners[backend.name] = distribution
     names = tuple(backend.name for backend in backends)
     loaded.plugins.append(Plugin(name, distribution, version, names, seconds=perf_counter() - start))
-
-
-def _told(error: BaseException) -> str:
-    """The error's kind and message in one line, as a traceback ends."""
-    try:
-        message = " ".join(str(error).split())
-    except Exception:
-        message = "<exception str() failed>"
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _traceback(error: BaseException) -> str:

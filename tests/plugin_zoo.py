@@ -39,6 +39,7 @@ FINE = {
     "asks_while_it_is_loaded": "import maxattn\nmaxattn.list_backends()\n" + HOOK,
     "prints": "print('I am imported')\n" + HOOK.replace("return", "print('I am asked'); return"),
     "raises_in_kernel": "Own.kernel = fail\n" + HOOK,
+    "leaves_in_kernel": "def leave(*_):\n    raise SystemExit('I leave')\nOwn.kernel = leave\n" + HOOK,
     "slow": "import time\ntime.sleep(1.2)\n" + HOOK,
 }
 
@@ -117,9 +118,20 @@ BROKEN = {
 RAISING = {
     "raises_in_unsupported": "Own.unsupported = fail\n" + HOOK,
     "leaves_in_unsupported": "def leave(*_, **__):\n    raise SystemExit('I leave')\nOwn.unsupported = leave\n" + HOOK,
+    "panics_in_unsupported": (
+        "class Panic(BaseException):\n    __str__ = fail\n"
+        "def panic(*_, **__):\n    raise Panic\nOwn.unsupported = panic\n" + HOOK
+    ),
     "raises_in_relative_speed": "Own.relative_speed = fail\n" + HOOK,
     "raises_in_capabilities": "class Facts(Capabilities):\n    unsupported = fail\nOwn.capabilities = Facts()\n" + HOOK,
 }
+
+
+FAILURES = {
+    "leaves_in_unsupported": "SystemExit: I leave",
+    "panics_in_unsupported": "Panic: <exception str() failed>",
+}
+"""What is told of those of RAISING that do not raise LookupError."""
 
 
 def distribution_of(plugin: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plugin_zoo import BROKEN, FINE, HOOK, RAISING, distribution_of, install, install_all
+from plugin_zoo import BROKEN, FAILURES, FINE, HOOK, RAISING, distribution_of, install, install_all
 
 import maxattn
 from maxattn import core_plugin, hookspecs
@@ -113,7 +113,7 @@ def test_no_backend_of_a_broken_plugin_is_there_and_no_other_is_missing(crowded:
 @pytest.mark.parametrize("plugin", RAISING)
 def test_a_backend_that_raises_when_it_is_asked_is_not_able_and_says_why(crowded: dict[str, Any], plugin: str) -> None:
     assert plugin_of(crowded, plugin)["failure"] == ""
-    told = "SystemExit: I leave" if plugin == "leaves_in_unsupported" else "LookupError: asked and failed"
+    told = FAILURES.get(plugin, "LookupError: asked and failed")
     assert crowded["answers"][plugin] == [f"its own check failed: {told}"]
     assert f"backend {plugin} failed while it was asked about" in crowded["log"]
     assert crowded["chosen"] not in RAISING

@@ -25,7 +25,7 @@ from maxattn.cli.self_check import Check, check_backend
 from maxattn.ops.contract import Problem
 from maxattn.ops.dispatch import ENVIRONMENT_VARIABLE, compute_capability
 from maxattn.ops.max_sa import explain
-from maxattn.ops.registry import backends
+from maxattn.ops.registry import backends, told
 
 SLOW_SECONDS = 1.0
 """A plugin that takes longer to load makes every program wait that asks for a backend."""
@@ -201,8 +201,10 @@ def _kernel_problems() -> Iterator[str]:
                 continue
             try:
                 backend.kernel(problem)
-            except Exception as error:
-                yield f"backend {backend.name} cannot tell its kernel on {device}: {type(error).__name__}: {error}"
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                yield f"backend {backend.name} cannot tell its kernel on {device}: {told(error)}"
 
 
 def _print(facts: dict[str, Any]) -> None:

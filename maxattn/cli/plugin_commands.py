@@ -6,6 +6,7 @@ import re
 import shutil
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from keyword import iskeyword
 from pathlib import Path
 from secrets import token_hex
 from string import Template
@@ -62,8 +63,8 @@ def new(
 def _check(name: str) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise ValueError(f"{name!r} is no name of a backend: give an identifier in lower case, such as my_kernel")
-    if name in RESERVED:
-        raise ValueError(f"{name!r} is a name of maxattn's own: choose another")
+    if name in RESERVED or iskeyword(name):
+        raise ValueError(f"{name!r} is a name of maxattn's own, or of Python's: choose another")
     owner = plugins.load().owners.get(name)
     if owner is not None:
         raise ValueError(f"{owner} provides a backend {name!r} already, and names are unique: choose another")

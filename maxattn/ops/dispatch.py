@@ -203,17 +203,21 @@ def _answer(backend: Backend, problem: Problem) -> Candidate:
         speed = float(backend.relative_speed(problem)) if not reasons else 0.0
         if math.isnan(speed):
             raise ValueError("relative_speed() is not a number")
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # it may even leave the program
         log.warning("backend %s failed while it was asked about %s", backend.name, problem, exc_info=True)
-        reasons, speed = [Reason("crashed", f"its own check failed: {type(error).__name__}: {error}")], 0.0
+        reasons, speed = [Reason("crashed", f"its own check failed: {registry.told(error)}")], 0.0
     return Candidate(backend.name, tuple(reasons), speed)
 
 
 def _kernel(backend: Backend, problem: Problem) -> str:
     try:
         return backend.kernel(problem)
-    except Exception as error:
-        return f"unknown, {type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return f"unknown, {registry.told(error)}"
 
 
 def _unknown(name: str, known: Sequence[str]) -> Reason:

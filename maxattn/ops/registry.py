@@ -63,6 +63,15 @@ def checked(backend: object) -> Backend:
     return backend
 
 
+def told(error: BaseException) -> str:
+    """The error's kind and message in one line, as a traceback ends."""
+    try:
+        message = " ".join(str(error).split())
+    except Exception:
+        message = "<exception str() failed>"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
 @contextmanager
 def registered(backend: Backend) -> Iterator[Backend]:
     """Have `backend` registered within a `with` block, in place of one of the same name: for trying and testing one.

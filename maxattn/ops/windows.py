@@ -16,6 +16,12 @@ from torch import Tensor
 
 from maxattn.ops.contract import Axis
 
+LARGEST_BATCH = 65_535
+"""CUDA kernels put the batch on a grid axis of 16 bits."""
+
+ALIGNMENT = 16
+"""Bytes that fused CUDA kernels read at a time."""
+
 
 class Span(NamedTuple):
     """A run of groups along one side of the image that hold equally many tokens."""
@@ -95,6 +101,58 @@ def unpartition(windows: Tensor, batch: int, rows: Span, columns: Span) -> Tenso
 def cat(parts: list[Tensor], dim: int) -> Tensor:
     """`torch.cat`, without a copy of a single part."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def fused(
+    qkv: Tensor, bias: Tensor | None, attend: Callable[[Tensor, Tensor | None], Tensor], *, compiling: bool = False
+) -> Tensor:
+    """What `attend` gives for windows `(windows, tokens, 3, heads, head_dim)`, called as CUDA's fused kernels need it.
+
+    On at most 65,535 windows at a time, and not at all where there are none; on tensors, and with a gradient, that
+    start and step by multiples of 16 bytes. Not so while a compiler traces it, which lays out its own tensors.
+
+    Example:
+        >>> values = fused(torch.arange(6.0).view(2, 1, 3, 1, 1), None, lambda qkv, bias: qkv[:, :, 2])
+        >>> values.flatten().tolist()
+        [2.0, 5.0]
+    """
+    if qkv.shape[0] == 0:
+        nothing = qkv[:, :, 2]
+        return nothing if bias is None else nothing + bias.sum().to(nothing.dtype)
+    parts = [qkv] if qkv.shape[0] <= LARGEST_BATCH else list(qkv.split(LARGEST_BATCH))
+    outs = [attend(part if compiling else aligned(part), bias) for part in parts]
+    for out in outs:
+        if out.requires_grad and not compiling:
+            out.register_hook(aligned)
+    return cat(outs, 0)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, copied unless its last stride is 1 and it starts, and steps, by multiples of 16 bytes.
+
+    Example:
+        >>> aligned(torch.zeros(4, 9)[:, 1:]).stride()
+        (8, 1)
+    """
+    steps = (x.storage_offset(), *x.stride()[:-1])
+    fits = x.stride(-1) == 1 and all(step * x.element_size() % ALIGNMENT == 0 for step in steps)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def positive_scale(qkv: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same logits from a scale above 0, for kernels that go wrong with others: its sign, or the 0, moves into q.
+
+    `qkv` is `(windows, tokens, 3, heads, head_dim)`. Exact.
+
+    Example:
+        >>> qkv, scale = positive_scale(torch.ones(1, 1, 3, 1, 1), -0.5)
+        >>> qkv.flatten().tolist(), scale
+        ([-1.0, 1.0, 1.0], 0.5)
+    """
+    if scale > 0:
+        return qkv, scale
+    q, rest = qkv[:, :, :1], qkv[:, :, 1:]
+    return torch.cat([-q if scale < 0 else q * 0, rest], 2), -scale if scale < 0 else 1.0
 
 
 def _split(x: Tensor, dim: int, span: Span, window: int, axis: Axis) -> Tensor:

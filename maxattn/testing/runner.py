@@ -18,6 +18,7 @@ from maxattn.testing.registry import CHECKS, Check
 from maxattn.testing.report import Outcome, Report
 from maxattn.testing.subject import Failing, Subject
 
+LARGEST_SEED = 2**62
 Progress = Callable[[Check], None]
 """Told of every case that is done."""
 
@@ -80,16 +81,20 @@ def subject_of(backend: Backend, device: str, examples: int, seed: int, dtypes: 
     """What checks are given, for arguments of `check_backend`."""
     facts = backend.capabilities
     for name, number in (("examples", examples), ("seed", seed)):
-        if not isinstance(number, int):
+        if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(f"{name} must be an integer, not {number!r}")
     if examples < 1:
         raise ValueError(f"examples must be at least 1, not {examples}")
+    if not 0 <= seed < LARGEST_SEED:
+        raise ValueError(f"seed must be from 0 to 2**62, not {seed}")
     _require_device(device)
     if facts.devices is not None and device not in facts.devices:
         raise ValueError(f"{backend.name} declares no support for {device}: {', '.join(sorted(facts.devices))}")
     if isinstance(dtypes, torch.dtype):
         raise TypeError(f"dtypes must be a list: [{dtypes}]")
     for dtype in dtypes:
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtypes must be a list of dtypes such as torch.float32, not of {dtype!r}")
         if dtype not in facts.dtypes:
             known = ", ".join(sorted(map(str, facts.dtypes)))
             raise ValueError(f"{backend.name} does not declare {dtype}: {known}")
@@ -101,7 +106,7 @@ def _require_device(device: str) -> None:
         kind = torch.device(device) if isinstance(device, str) else None
     except RuntimeError:
         kind = None
-    if kind is None or kind.index is not None:
+    if kind is None or kind.index is not None or kind.type == "meta":
         raise ValueError(f"device {device!r} is no kind of device: give one such as cpu or cuda")
     if kind.type != "cpu" and not torch.get_device_module(kind).is_available():
         raise ValueError(f"device {device!r}: there is none here")

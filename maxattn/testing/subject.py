@@ -16,7 +16,7 @@ from maxattn.ops.contract import Backend, Capabilities, Problem, Reason
 from maxattn.ops.dispatch import compute_capability
 from maxattn.testing import strategies
 from maxattn.testing.case import Case
-from maxattn.testing.failure import CheckFailed
+from maxattn.testing.failure import NotApplicable
 from maxattn.testing.observe import Attend, attend_by, verify
 
 Test = Callable[[Case], None]
@@ -24,6 +24,8 @@ SEVERAL_TILES = 144
 """Tokens of a window that kernels walk in several tiles of keys."""
 NO_GRADIENT = {"requires_grad": False, "bias_requires_grad": False}
 """The fields of a problem that asks for none."""
+HEADS = (2, 4, 8, 1, 3)
+"""What a base problem may have, the most liked first."""
 PREFERRED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -66,8 +68,9 @@ class Subject:
         """
         first: Problem | None = None
         liked = sorted(self.windows(), key=lambda window: (abs(window[0] * window[1] - 15), *_unlike_5x3(window)))
-        for window, head_dim in product(liked, sorted(self.head_dims(128), key=lambda d: abs(d - 16))):
-            problem = self._base(window, head_dim)
+        dims = sorted(self.head_dims(128), key=lambda d: abs(d - 16))
+        for heads, axis, window, head_dim in product(HEADS, strategies.AXES, liked, dims):
+            problem = replace(self._base(window, head_dim), axis=axis, heads=heads)
             first = first or problem
             if not self.reasons(problem):
                 return problem
@@ -107,6 +110,12 @@ class Subject:
 
     def _bias_beside(self, dtype: torch.dtype) -> torch.dtype | None:
         return dtype if dtype in strategies.bias_dtypes(self.facts) else self.finest_bias
+
+    def largest_window(self, most: int) -> tuple[int, int]:
+        """The last of `windows(most)` that is served; the last of all, if none is."""
+        windows, base = self.windows(most), Case(problem=self.base)
+        served = (one for one in reversed(windows) if not self.reasons(base.but(**full_windows(one)).problem))
+        return next(served, windows[-1])
 
     def attend(self, case: Case) -> Attend:
         return attend_by(self.backend.name, case)
@@ -173,9 +182,8 @@ class Subject:
         try:
             hypothesis.seed(self.seed)(explore(hypothesis.given(case=drawn)(tried)))()
         except hypothesis.errors.Unsatisfiable:
-            raise Failing(
-                None, CheckFailed("the backend declines every problem that was drawn from its facts")
-            ) from None
+            reason = "the backend declines every problem that was drawn from its facts"
+            raise Failing(None, NotApplicable(reason)) from None
         except Exception as error:
             raise (failing[-1] if failing else error) from None
 

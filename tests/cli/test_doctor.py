@@ -15,7 +15,7 @@ from typing import Any
 import plugin_zoo
 import pytest
 import torch
-from plugin_zoo import BROKEN, FINE, RAISING, distribution_of
+from plugin_zoo import BROKEN, FAILURES, FINE, RAISING, distribution_of
 from typer.testing import Result
 
 import maxattn
@@ -198,7 +198,7 @@ def test_a_sound_plugin_is_told_with_its_backends_beside_broken_ones(plugin: str
 def test_a_backend_that_raises_when_it_is_asked_is_a_problem(plugin: str, faults: dict[str, Any]) -> None:
     told = [problem for problem in faults["problems"] if f"backend {plugin} " in problem]
     shown = "block, full, float32; and 7 more"
-    failure = "SystemExit: I leave" if plugin == "leaves_in_unsupported" else "LookupError: asked and failed"
+    failure = FAILURES.get(plugin, "LookupError: asked and failed")
     assert told == [f"backend {plugin} failed on cpu ({shown}): its own check failed: {failure}"]
 
 

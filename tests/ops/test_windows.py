@@ -99,3 +99,65 @@ def test_is_called_once_for_each_size_of_group(axis: Axis, size: tuple[int, int]
 def test_a_single_part_is_not_copied() -> None:
     part = torch.ones(2, 3)
     assert windows.cat([part], 0) is part
+
+
+def test_fused_kernels_are_called_for_at_most_65535_windows_at_a_time() -> None:
+    seen = []
+
+    def attend(tokens: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(tokens.shape[0])
+        return tokens[:, :, 2]
+
+    qkv = torch.arange(140_000 * 6.0).view(140_000, 1, 3, 2, 1)
+    assert torch.equal(windows.fused(qkv, None, attend), qkv[:, :, 2])
+    assert seen == [65_535, 65_535, 8_930]
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(1, 4, 4)])
+def test_fused_kernels_are_not_called_for_no_windows_and_every_gradient_is_zero(bias: Tensor | None) -> None:
+    qkv = torch.empty(0, 4, 3, 1, 8, requires_grad=True)
+    inputs = [qkv] if bias is None else [qkv, bias.requires_grad_()]
+
+    def attend(tokens: Tensor, bias: Tensor | None) -> Tensor:
+        raise AssertionError("it is called")
+
+    out = windows.fused(qkv, bias, attend)
+    assert out.shape == (0, 4, 1, 8)
+    assert not any(gradient.any() for gradient in torch.autograd.grad(out.sum(), inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("offset", [0, 1, 8])
+def test_fused_kernels_are_given_tensors_and_gradients_on_16_bytes(dtype: torch.dtype, offset: int) -> None:
+    seen = []
+
+    def attend(tokens: Tensor, bias: Tensor | None) -> Tensor:
+        values = tokens[:, :, 2] * 1
+        values.register_hook(seen.append)
+        seen.append(tokens)
+        return values.view_as(values)
+
+    def elsewhere(*shape: int) -> Tensor:
+        """Numbers that start `offset` elements after an address that is aligned."""
+        memory = torch.arange(offset + torch.Size(shape).numel(), dtype=dtype)
+        return memory[offset:].view(shape)
+
+    qkv, gradient = elsewhere(2, 4, 3, 1, 8).requires_grad_(), elsewhere(2, 4, 1, 8)
+    for of_out in (gradient, gradient[:1, :1, :1, :1].expand(2, 4, 1, 8)):
+        (dqkv,) = torch.autograd.grad(windows.fused(qkv, None, attend), qkv, of_out)
+        assert torch.equal(dqkv[:, :, 2], of_out)
+    assert len(seen) == 4
+    for tensor in seen:
+        assert tensor.stride(-1) == 1
+        assert all(step * dtype.itemsize % 16 == 0 for step in (tensor.storage_offset(), *tensor.stride()[:-1]))
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.0, -0.5])
+def test_a_positive_scale_gives_the_same_logits(scale: float) -> None:
+    qkv = torch.randn(2, 5, 3, 1, 8, dtype=torch.bfloat16)
+    q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
+    other, positive = windows.positive_scale(qkv, scale)
+    other_q, other_k, other_v = other.double().permute(2, 0, 3, 1, 4)
+    assert positive > 0
+    assert torch.equal(positive * (other_q @ other_k.mT), scale * (q @ k.mT))
+    assert torch.equal(other_v, v)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,18 @@ class BlocksOnly(Naive):
         return [Reason("axis", "no support for the grid axis", "blocks")] if problem.axis == "grid" else ()
 
 
+class Declining(Naive):
+    """`naive` that declines, by `unsupported` alone, what a condition of its own excludes."""
+
+    capabilities = Capabilities(**EAGER)
+
+    def __init__(self, name: str, declines: Callable[[Problem], bool]) -> None:
+        self.name, self._declines = name, declines
+
+    def unsupported(self, problem: Problem) -> Sequence[Reason]:
+        return [Reason(self.name, f"it serves {self.name} alone", "another problem")] if self._declines(problem) else ()
+
+
 class OneDtype(Naive):
     """`naive` for a bias of the same dtype as qkv."""
 
@@ -96,6 +108,11 @@ LIMITED: list[Backend] = [
     AnyOrder(),
     AnyOrderUnlessAsked(),
     BlocksOnly(),
+    Declining("grids_only", lambda problem: problem.axis == "block"),
+    Declining("heads_by_four", lambda problem: problem.heads % 4 > 0),
+    Declining("sides_by_eight", lambda problem: (problem.width or 8) % 8 > 0 or (problem.height or 8) % 8 > 0),
+    Declining("windows_of_up_to_15_tokens", lambda problem: problem.tokens > 15),
+    Declining("square_windows", lambda problem: problem.window[0] != problem.window[1]),
     OneDtype(),
     SmallProblems(),
     Limited("without_bias", bias=False, bias_gradient=False),

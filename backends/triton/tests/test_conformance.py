@@ -28,6 +28,11 @@ SLOW_TO_INTERPRET = frozenset(
         "many_windows",
         "windows",
         "compiled",
+        "generated",
+        "exported",
+        "without_gradient",
+        "dropout_seed",
+        "dropout_gradient",
     ]
 )
 SUBJECT = subject_of(Triton(), DEVICE, EXAMPLES, seed=0)

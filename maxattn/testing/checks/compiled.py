@@ -56,9 +56,8 @@ def _check_compiled(subject: Subject, case: Case, compiler: str) -> None:
     declared("export"),
 )
 def exported(subject: Subject) -> None:
-    cases = subject.variants(
-        {}, {"height": 2 * subject.base.window[0] - 1}, requires_grad=False, bias_requires_grad=False
-    )
+    tried: list[dict[str, Any]] = [{}, {"height": 2 * subject.base.window[0] - 1}, {"scale": 0.3, "bias": None}]
+    cases = subject.variants(*tried, requires_grad=False, bias_requires_grad=False)
     served = _served(subject, cases, compiling=True, exporting=True)
     subject.try_each(served, lambda case: _check_exported(subject, case))
 

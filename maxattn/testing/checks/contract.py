@@ -19,7 +19,7 @@ from maxattn.testing.case import Case
 from maxattn.testing.failure import NotApplicable, require
 from maxattn.testing.observe import deterministic
 from maxattn.testing.registry import check
-from maxattn.testing.subject import Subject, full_windows
+from maxattn.testing.subject import HEADS, Subject, full_windows
 
 
 @check("the backend has a name, an API version and facts, and attend takes just qkv, bias and problem")
@@ -82,7 +82,7 @@ def _declared(subject: Subject) -> dict[str, list[dict[str, Any]]]:
         "backward": [{"requires_grad": True}],
         "dropout": [{"dropout_p": 0.5}],
         "deterministic": [{"deterministic": True}],
-        "ragged": [{"window": (a, b), "height": 2 * a - 1, "width": b} for a, b in (base.window, *windows) if a > 1],
+        "ragged": [{"window": (a, b), **size} for a, b in (base.window, *windows) for size in _ragged_sizes(a, b)],
         "compile": [{"compiling": True}],
         "export": [{"compiling": True, "exporting": True}],
     }
@@ -95,11 +95,19 @@ def _declared(subject: Subject) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def _ragged_sizes(P_h: int, P_w: int) -> list[dict[str, Any]]:
+    """Sizes that the window does not divide: next to whole windows, and multiples of 16 as some kernels want them."""
+    sizes = [(2 * P_h - 1, P_w), (16, 16), (32, 48)]
+    return [{"height": H, "width": W} for H, W in sizes if H % P_h or W % P_w]
+
+
 def _first_served(subject: Subject, changes: list[dict[str, Any]]) -> tuple[Case | None, set[str]]:
     """The first of many problems with one of `changes` that is not declined; and the reasons of those that are."""
     windows, dims = subject.windows(), subject.head_dims(64)
     reasons: set[str] = set()
-    for change, window, d, dtype, bias, gradient, batch in product(
+    for heads, axis, change, window, d, dtype, bias, gradient, batch in product(
+        dict.fromkeys((subject.base.heads, *HEADS)),
+        strategies.AXES,
         changes,
         (subject.base.window, windows[0], windows[-1]),
         (subject.base.head_dim, dims[0], dims[-1]),
@@ -110,6 +118,7 @@ def _first_served(subject: Subject, changes: list[dict[str, Any]]) -> tuple[Case
     ):
         of_bias = gradient and bias is not None and subject.facts.bias_gradient
         plain = {**full_windows(window), "head_dim": d, "dtype": dtype, "bias": bias, "requires_grad": gradient}
+        plain |= {"heads": heads, "axis": axis, "width": 2 * window[1]}
         plain |= {"bias_requires_grad": of_bias}
         case = Case(problem=subject.base).but(**(plain | change | {"batch": batch}))
         declined = subject.reasons(case.problem)

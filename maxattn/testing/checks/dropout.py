@@ -17,7 +17,7 @@ from maxattn.ops.contract import Problem
 from maxattn.ops.naive import Naive
 from maxattn.testing import strategies
 from maxattn.testing.budget import UNITS
-from maxattn.testing.case import Case
+from maxattn.testing.case import QKV_LAYOUTS, Case
 from maxattn.testing.failure import require
 from maxattn.testing.groups import by_group, token_of_pixel
 from maxattn.testing.observe import observe, within_budget
@@ -90,15 +90,25 @@ def _require_rate(events: Tensor, expected: float, what: str) -> None:
 @check("the gradients are those of the very weights that the forward pass kept", declared("dropout", "backward"))
 def dropout_gradient(subject: Subject) -> None:
     cases = _cases(subject, 0.3)
-    (P_h, P_w), sizes = subject.base.window, []
-    sizes += [{"height": P_h + 1}, {"width": P_w + 1}, {"height": P_h + 1, "width": 2 * P_w - 1}]
-    cut_off = [case.but(**size) for case in cases[:2] for size in sizes]
-    served = [case for case in (*cases, *cut_off) if not subject.reasons(case.problem)]
+    P_h, P_w = subject.base.window
+    changes: list[dict[str, Any]] = [{"height": P_h + 1}, {"width": P_w + 1}, {"height": P_h + 1, "width": 2 * P_w - 1}]
+    changes += [{"values": "huge"}, {"scale": 0.3}]
+    changed = [case.but(**change) for case in cases[:2] for change in changes]
+    served = [case for case in (*cases, *changed) if not subject.reasons(case.problem)]
     subject.try_each(served, lambda case: _check_gradient(subject, case))
+    anything = strategies.cases(subject.facts, subject.base, **strategies.ANYTHING)
+    dropped = anything.map(lambda case: case.but(dropout_p=0.3, layout=_writable(case.layout)))
+    subject.try_drawn(subject.served(dropped), lambda case: _check_gradient(subject, case), share=0.5)
+
+
+def _writable(layout: str) -> str:
+    """The layout, unless its pixels share memory: values are written to each."""
+    return "contiguous" if QKV_LAYOUTS[layout].expanded is not None else layout
 
 
 def _check_gradient(subject: Subject, case: Case) -> None:
-    factor = (_weights(subject, case) != 0).double() / (1 - case.problem.dropout_p)
+    plain = case.but(values="constant")  # no weight is 0 but those that are dropped
+    factor = (_weights(subject, plain) != 0).double() / (1 - case.problem.dropout_p)
     inputs = case.tensors()
     with _seed(case.seed):
         results = observe(subject.attend(case), inputs, case)
@@ -124,7 +134,7 @@ def _cases(subject: Subject, *rates: float, values: str = "normal") -> list[Case
     tried += [last | {"dtype": dtype} for dtype in strategies.dtypes(subject.facts)]
     tried.append(last | {"requires_grad": False, "bias_requires_grad": False})
     tried.append(last | {"bias": None, "bias_requires_grad": False})
-    tried.append(last | full_windows(subject.windows()[-1]))
+    tried.append(last | full_windows(subject.largest_window(strategies.SMALL_TOKENS)))
     return subject.variants(*({**sizes, **one} for one in tried), values=values)
 
 

@@ -34,7 +34,7 @@ def _check_empty(subject: Subject, case: Case) -> None:
 
 @check("more than 65,535 windows: many images, and many windows in one image")
 def many_windows(subject: Subject) -> None:
-    P_h, P_w = subject.windows(4)[-1]
+    P_h, P_w = subject.largest_window(4)
     sizes = {"window": (P_h, P_w), "heads": 1, "head_dim": subject.head_dims(8)[0]}
     many_images = {"batch": CUDA_GRID + 3, "height": P_h, "width": P_w}
     one_image = {"batch": 1, "height": 271 * P_h, "width": 243 * P_w}

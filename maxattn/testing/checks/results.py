@@ -58,8 +58,11 @@ def scale(subject: Subject) -> None:
 
 @check("heads from 1 to 32, every declared head dim in every dtype, and batches of more than 16")
 def heads(subject: Subject) -> None:
-    dims, large = subject.head_dims(strategies.HEAD_DIMS[-1]), full_windows(subject.windows()[-1])
-    several_tiles = full_windows(subject.windows(SEVERAL_TILES)[-1])
+    dims, large = (
+        subject.head_dims(strategies.HEAD_DIMS[-1]),
+        full_windows(subject.largest_window(strategies.SMALL_TOKENS)),
+    )
+    several_tiles = full_windows(subject.largest_window(SEVERAL_TILES))
     tried: list[dict[str, Any]] = [{"heads": heads} for heads in HEADS]
     tried += [{"heads": heads, **window} for heads in (3, 9, 17, 32) for window in (large, several_tiles)]
     tried += [{"head_dim": d, "dtype": dtype} for d in dims for dtype in strategies.dtypes(subject.facts)]
@@ -83,7 +86,7 @@ def one_gradient(subject: Subject) -> None:
 
 @check("the gradient of the bias misses none of a thousand windows", declared("backward", "bias", "bias_gradient"))
 def bias_sum(subject: Subject) -> None:
-    P_h, P_w = subject.windows(4)[-1]
+    P_h, P_w = subject.largest_window(4)
     sizes = {"window": (P_h, P_w), "batch": 4, "height": 16 * P_h, "width": 16 * P_w, "heads": 1}
     tried: list[dict[str, Any]] = [
         {"dtype": a, "values": b} for a in strategies.dtypes(subject.facts) for b in ("normal", "one sign")
@@ -95,7 +98,7 @@ def bias_sum(subject: Subject) -> None:
 @check("logits that are huge, constant, masked by a large negative bias, or shifted: nothing overflows")
 def values(subject: Subject) -> None:
     tried: list[dict[str, Any]] = [{"values": name, "scale": scale} for name in VALUES for scale in (-0.5, 1.0)]
-    several_tiles = subject.windows(SEVERAL_TILES)[-1]
+    several_tiles = subject.largest_window(SEVERAL_TILES)
     if subject.facts.ragged:  # groups of few tokens, whose logits may all be below those of the missing keys
         few = {"height": subject.base.window[0] + 1, "width": 1}
         tried += [few | {"values": name, "scale": scale} for name in VALUES for scale in (-0.5, 1.0)]

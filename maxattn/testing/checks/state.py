@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,10 +85,17 @@ def no_side_effects(subject: Subject) -> None:
 
 def _check_side_effects(subject: Subject, case: Case) -> None:
     inputs = case.tensors()
-    torch.rand(1, device=subject.device)  # so that a seed set again shows
-    before = _process_state(subject.device)
-    observe(subject.attend(case), inputs, case)
-    changed = [name for name, value in _process_state(subject.device).items() if value != before[name]]
+    torch.rand(1, device=subject.device)  # so that a seed set again shows, and a number of threads set before
+    random.random()
+    np.random.random()  # noqa: NPY002 - what others use
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        before = _process_state(subject.device)
+        observe(subject.attend(case), inputs, case)
+        changed = [name for name, value in _process_state(subject.device).items() if value != before[name]]
+    finally:
+        torch.set_num_threads(threads)
     require(not changed, f"a call changes the {', '.join(changed)} of the process")
 
 
@@ -94,6 +103,16 @@ def _process_state(device: str) -> dict[str, Any]:
     generators = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if device == "cuda" else ())]
     return {
         "state of the random number generator": [generator.tolist() for generator in generators],
+        "random numbers of Python": random.getstate(),
+        "random numbers of NumPy": str(np.random.get_state(legacy=False)),  # noqa: NPY002 - what others use
+        "kernels that PyTorch may choose": (
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cuda.cudnn_sdp_enabled(),
+            torch.backends.cudnn.benchmark,
+        ),
+        "detection of anomalies": torch.is_anomaly_enabled(),
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
         "precision of matrix products": torch.get_float32_matmul_precision(),
@@ -122,7 +141,7 @@ def _in_bf16_mode(attend: Attend) -> Attend:
     return attend_in_bf16_mode
 
 
-@check("windows, heads and images are apart: a NaN in one leaves all others as they are")
+@check("windows, heads and images are apart: a NaN in one shows in its output, and leaves all others as they are")
 def isolated(subject: Subject) -> None:
     cut = [{"height": 2 * subject.base.window[0] + 1}] if subject.facts.ragged else []
     subject.try_each(subject.variants({}, *cut, **NO_GRADIENT), lambda case: _check_isolated(subject, case))
@@ -136,6 +155,7 @@ def _check_isolated(subject: Subject, case: Case) -> None:
         spoilt = NAIVE.attend(inputs.qkv, inputs.bias, case.problem).isnan()
         inputs.qkv[0, -1, -1, :, 0] = 0.0
     require(not (seen.isnan() & ~spoilt).any().item(), "a NaN spreads to another window, head or image")
+    require(not (spoilt & ~seen.isnan()).any().item(), "a NaN in the input is hidden from the output")
     kept = subject.attend(case)(inputs.qkv, inputs.bias).masked_fill(spoilt, 0.0)
     off = (seen.masked_fill(spoilt, 0.0) - kept).double().abs().max().item()
     require(off <= torch.finfo(seen.dtype).eps * 8, f"a NaN changes another window, head or image by {off:.3g}")
@@ -143,8 +163,7 @@ def _check_isolated(subject: Subject, case: Case) -> None:
 
 @check("calls from several threads at once do not disturb each other")
 def threads(subject: Subject) -> None:
-    NO_GRADIENT = subject.variants({"requires_grad": False, "bias_requires_grad": False})
-    cases = [*_alike(subject), *NO_GRADIENT * RUNS]
+    cases = [*_alike(subject), *subject.variants(NO_GRADIENT) * RUNS]
     failures: list[Failing] = []
 
     def work(thread: int) -> None:
@@ -185,7 +204,8 @@ def bitwise(subject: Subject) -> None:
     sizes = {"batch": 4, "height": 9 * P_h, "width": 9 * P_w}
     tried: list[dict[str, Any]] = [{"dtype": dtype, **sizes} for dtype in strategies.dtypes(subject.facts)]
     tried.append({"bias": None, "bias_requires_grad": False, **sizes})
-    tried.append(full_windows(subject.windows(SEVERAL_TILES)[-1]))
+    tried.append(full_windows(subject.largest_window(SEVERAL_TILES)))
+    tried.append({"height": 2 * P_h - 1, "width": 3 * P_w - 1, "scale": 0.3})
     cases = subject.variants(*tried, deterministic=True)
     subject.try_each(cases, lambda case: _check_bitwise(subject, case))
 

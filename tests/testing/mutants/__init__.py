@@ -30,7 +30,7 @@ THEMES = {
     layouts: ("layouts", "far_apart"),
     shapes: ("forward", "heads", "windows", "many_windows", "empty_batch"),
     precision: ("forward", "gradients", "values", "cancelling_sums"),
-    outputs: ("forward", "ragged", "own_memory", "layouts", "threads"),
+    outputs: ("isolated", "forward", "ragged", "own_memory", "layouts", "threads"),
     gradients: ("gradients", "autocast", "scale", "one_gradient", "anything"),
     bias_gradients: ("gradients", "heads", "one_gradient", "bias_sum", "values"),
     autograd: (

@@ -291,3 +291,20 @@ class SeedOfAFewBits(Steps):
 def _drop(weights: Tensor, dropout_p: float, generator: torch.Generator) -> Tensor:
     kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout_p
     return weights * kept / (1 - dropout_p)
+
+
+@mutant()
+def dropout_ignores_the_scale(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    """the kernel for dropout is another one, and is always given the default scale"""
+    return exact(qkv, bias, problem, scale=None if problem.dropout_p else problem.scale)
+
+
+@mutant()
+class DropoutWithoutMaximum(Steps):
+    """the kernel for dropout is another one, and subtracts no maximum"""
+
+    def softmax(self, logits: Tensor, problem: Problem) -> Tensor:
+        if not problem.dropout_p:
+            return super().softmax(logits, problem)
+        weights = logits.exp()
+        return weights / weights.sum(-1, keepdim=True)

@@ -34,3 +34,9 @@ def exported_with_a_fixed_batch(qkv: Tensor, bias: Tensor | None, problem: Probl
 def exported_as_blocks_for_any_size(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
     """a graph for images of any size has no room for the grid's dilation, and holds blocks"""
     return exact(qkv, bias, problem, axis="block" if problem.height is None else problem.axis)
+
+
+@mutant()
+def exported_with_the_default_scale(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    """the exported graph holds the default scale"""
+    return exact(qkv, bias, problem, scale=None if problem.exporting else problem.scale)

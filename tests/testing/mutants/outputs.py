@@ -156,3 +156,9 @@ def input_made_to_require_a_gradient(qkv: Tensor, bias: Tensor | None, problem: 
     if qkv.is_leaf and not problem.differentiated:
         qkv.requires_grad_()
     return exact(qkv, bias, problem)
+
+
+@mutant()
+def nan_hidden(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    """nan_to_num on the output hides that a training has diverged"""
+    return exact(qkv, bias, problem).nan_to_num()

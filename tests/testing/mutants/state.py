@@ -234,3 +234,23 @@ class OutputReusedWithoutGradient(Steps):
     def result(self, out: Tensor, problem: Problem) -> Tensor:
         out = super().result(out, problem)
         return out if problem.differentiated else self.outputs.setdefault((out.shape, out.dtype), out).copy_(out)
+
+
+@mutant(**EAGER)
+def number_of_threads_set(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    """the kernel wants one thread, and sets it for the whole program"""
+    torch.set_num_threads(1)
+    return exact(qkv, bias, problem)
+
+
+@mutant(**EAGER)
+def seed_of_python_reset(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    """the autotuner shuffles its candidates after random.seed(0)"""
+    random.seed(0)
+    return exact(qkv, bias, problem)
+
+
+@mutant(**EAGER)
+def deterministic_ignores_the_scale(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    """the deterministic kernel is another one, and is always given the default scale"""
+    return exact(qkv, bias, problem, scale=None if problem.deterministic else problem.scale)

@@ -10,6 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from maxattn.ops.contract import Problem
+
+
+class Key(NamedTuple):
+    """What a launch depends on: the kernel, the tokens of a window, the head dim, and the bytes of an element."""
+
+    kernel: str
+    tokens: int
+    head_dim: int
+    itemsize: int
+
 
 class Launch(NamedTuple):
     """How a kernel is cut and run.
@@ -43,6 +54,13 @@ MEASURED = {
 }
 """By kernel and largest number of tokens, for 16-bit dtypes and head dims up to 32."""
 
+BACKWARD = {
+    "whole": ["whole.backward"],
+    "rows": ["rows.backward", "columns.backward"],
+    "tiles": ["tiles.backward_queries", "tiles.backward_keys", "tiles.backward_bias"],
+}
+"""The kernels of each family, in the order in which they run."""
+
 _forced: dict[str, Launch] = {}
 
 
@@ -68,10 +86,26 @@ def backward_kernel(tokens: int, head_dim: int, itemsize: int) -> str:
     return "rows" if itemsize == 2 and tokens <= 256 and head_dim <= 32 else "tiles"
 
 
-def launch(kernel: str, tokens: int, head_dim: int, itemsize: int) -> Launch:
-    """How to launch `kernel` for windows of so many tokens."""
-    if kernel in _forced:
-        return _forced[kernel]
+def keys(problem: Problem) -> list[Key]:
+    """The kernels that serve a problem, in the order in which they run."""
+    size = problem.tokens, problem.head_dim, problem.dtype.itemsize
+    kernels = [f"{forward_kernel(*size)}.forward"]
+    if problem.differentiated:
+        kernels += BACKWARD[backward_kernel(*size)]
+    if not problem.bias_requires_grad and "tiles.backward_bias" in kernels:
+        kernels.remove("tiles.backward_bias")
+    return [Key(kernel, *size) for kernel in kernels]
+
+
+def launch(key: Key) -> Launch:
+    """How to launch a kernel: as is forced, else as was measured on this machine, else by the table."""
+    from maxattn_triton import tuned
+
+    return _forced.get(key.kernel) or tuned.launch(key) or _by_default(key)
+
+
+def _by_default(key: Key) -> Launch:
+    kernel, tokens, head_dim, itemsize = key
     if head_dim <= 32 and itemsize == 2 and kernel in MEASURED:
         return next(launch for largest, launch in MEASURED[kernel].items() if tokens <= largest)
     if kernel == "rows.forward":
@@ -83,6 +117,11 @@ def launch(kernel: str, tokens: int, head_dim: int, itemsize: int) -> Launch:
     if head_dim <= 32:
         return Launch(64, 64, False, 4, 3, 4)
     return Launch(64, 32, False, 8, 2, 2) if head_dim > 64 else Launch(64, 64, False, 4, 2, 2)
+
+
+def block_of(size: int) -> int:
+    """The side of a tile that holds `size`: a power of two, and not below what the tensor cores take."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 @contextmanager

@@ -63,14 +63,14 @@ def forward(
     size = P_h * P_w, qkv.shape[5], qkv.element_size()
     z, r = lse if save_lse else out, qkv if seed is None else seed
     if configs.forward_kernel(*size) == "rows":
-        launch = configs.launch("rows.forward", *size)
+        launch = configs.launch(configs.Key("rows.forward", *size))
         owned, cut = cut_by(launch, P_h * P_w)
         programs = count_walkers(qkv, P_h, P_w, owned, launch) * owned * heads
         kernel(rows.forward)[(programs,)](
             qkv, plain(bias, qkv), out, z, r, *numbers, **constants, **cut, SAVE_LSE=save_lse, **how(launch)
         )
     else:
-        launch = configs.launch("tiles.forward", *size)
+        launch = configs.launch(configs.Key("tiles.forward", *size))
         owned, _, cut = tile_by(launch, P_h * P_w)
         programs = count_walkers(qkv, P_h, P_w, owned, launch) * owned * heads
         kernel(tiles.forward)[(programs,)](
@@ -113,17 +113,17 @@ def backward(
     b = prepared(bias, qkv) if family == "tiles" else plain(bias, qkv)
 
     if family == "whole":
-        launch = configs.launch("whole.backward", *size)
+        launch = configs.launch(configs.Key("whole.backward", *size))
         walkers = count_walkers(qkv, P_h, P_w, 1, launch)
         if bias_gradient:
             shares = qkv.new_empty(walkers, heads, tokens, tokens, dtype=torch.float32)
         kernel(whole.backward)[(walkers * heads,)](
             qkv, b, lse, r, grad_out, dqkv, shares, *numbers, **constants,
-            BIAS_GRADIENT=bias_gradient, BLOCK_N=block_of(tokens), **how(launch),
+            BIAS_GRADIENT=bias_gradient, BLOCK_N=configs.block_of(tokens), **how(launch),
         )  # fmt: skip
     elif family == "rows":
         delta = torch.empty_like(lse)
-        launch = configs.launch("rows.backward", *size)
+        launch = configs.launch(configs.Key("rows.backward", *size))
         owned, cut = cut_by(launch, tokens)
         walkers = count_walkers(qkv, P_h, P_w, owned, launch)
         if bias_gradient:
@@ -132,25 +132,25 @@ def backward(
             qkv, b, out, lse, r, grad_out, dqkv, delta, shares, *numbers, **constants, **cut,
             BIAS_GRADIENT=bias_gradient, **how(launch),
         )  # fmt: skip
-        launch = configs.launch("columns.backward", *size)
+        launch = configs.launch(configs.Key("columns.backward", *size))
         owned, cut = cut_by(launch, tokens)
         kernel(columns.backward)[(count_walkers(qkv, P_h, P_w, owned, launch) * owned * heads,)](
             qkv, b, lse, r, grad_out, dqkv, delta, *numbers, **constants, **cut, **how(launch)
         )
     else:
         delta = torch.empty_like(lse)
-        launch = configs.launch("tiles.backward_queries", *size)
+        launch = configs.launch(configs.Key("tiles.backward_queries", *size))
         owned, _, cut = tile_by(launch, tokens)
         kernel(tiles.backward_queries)[(count_walkers(qkv, P_h, P_w, owned, launch) * owned * heads,)](
             qkv, b, out, lse, r, grad_out, dqkv, delta, *numbers, **constants, **cut, **how(launch)
         )
-        launch = configs.launch("tiles.backward_keys", *size)
+        launch = configs.launch(configs.Key("tiles.backward_keys", *size))
         _, owned, cut = tile_by(launch, tokens)
         kernel(tiles.backward_keys)[(count_walkers(qkv, P_h, P_w, owned, launch) * owned * heads,)](
             qkv, b, lse, r, grad_out, dqkv, delta, *numbers, **constants, **cut, **how(launch)
         )
         if bias_gradient:
-            launch = configs.launch("tiles.backward_bias", *size)
+            launch = configs.launch(configs.Key("tiles.backward_bias", *size))
             across, down, cut = tile_by(launch, tokens)
             owned = across * down
             walkers = count_walkers(qkv, P_h, P_w, owned, launch)
@@ -181,7 +181,7 @@ def padded(tokens: int) -> int:
 
 def tile_by(launch: configs.Launch, tokens: int) -> tuple[int, int, dict[str, int]]:
     """The tiles of a window down its queries and across its keys, and their sizes."""
-    block_m, block_n = (min(block, block_of(tokens)) for block in launch[:2])
+    block_m, block_n = (min(block, configs.block_of(tokens)) for block in launch[:2])
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "NP": padded(tokens)}
     return triton.cdiv(tokens, block_m), triton.cdiv(tokens, block_n), sizes
 
@@ -264,7 +264,7 @@ def geometry(
         "HAS_BIAS": bias is not None,
         "RAGGED": H % P_h != 0 or W % P_w != 0,
         "DROPOUT": seed is not None,
-        "BLOCK_D": block_of(head_dim),
+        "BLOCK_D": configs.block_of(head_dim),
         "PRECISION": "ieee" if qkv.dtype == torch.float32 else "tf32",
     }
     return (scale, dropout_p, B, H, W, heads, *qkv.stride()[:5]), constants
@@ -286,9 +286,9 @@ def count_walkers(qkv: Tensor, P_h: int, P_w: int, tiles: int, launch: configs.L
 
 def cut_by(launch: configs.Launch, tokens: int) -> tuple[int, dict[str, Any]]:
     """The tiles that a program may own, and their sizes: parts of BLOCK_N as many as fit, then one of REST."""
-    largest = block_of(tokens)
+    largest = configs.block_of(tokens)
     block_m, block_n = min(launch.block_m, largest), min(launch.block_n, largest)
-    rest = block_of(tokens % block_n) % block_n if tokens % block_n else 0
+    rest = configs.block_of(tokens % block_n) % block_n if tokens % block_n else 0
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "REST": rest, "HOLD_BIAS": launch.hold_bias}
     return triton.cdiv(tokens, block_m), sizes
 
@@ -299,11 +299,6 @@ def processors(device: torch.device) -> int:
         return 1
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
-
-
-def block_of(size: int) -> int:
-    """The side of a tile that holds `size`: a power of two, and not below what the tensor cores take."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def how(launch: configs.Launch) -> dict[str, int]:

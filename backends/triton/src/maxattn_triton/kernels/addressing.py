@@ -16,6 +16,15 @@ def pixel(group, token, groups, WINDOW: tl.constexpr, GRID: tl.constexpr):
 
 
 @triton.jit
+def share_of_work(TILES: tl.constexpr, heads):
+    """What a program owns: its tile and head, and which of how many walkers it is: one takes every so many windows."""
+    tile = tl.program_id(0) % TILES
+    head = tl.program_id(0) // TILES % heads
+    walker, walkers = tl.program_id(0) // (TILES * heads), tl.num_programs(0) // (TILES * heads)
+    return tile, head, walker, walkers
+
+
+@triton.jit
 def unravel(window, groups_h, groups_w):
     """The image of a window and its group along the height and the width, in the order in which windows are counted."""
     return window // (groups_h * groups_w), window // groups_w % groups_h, window % groups_w
@@ -30,6 +39,13 @@ def advance(image, group_h, group_w, by_image, by_h, by_w, groups_h, groups_w):
     group_h += by_h + carry
     carry = (group_h >= groups_h).to(tl.int32)
     return image + by_image + carry, group_h - carry * groups_h, group_w
+
+
+@triton.jit
+def first_token(group_h, group_w, groups_h, groups_w, P_H: tl.constexpr, P_W: tl.constexpr, GRID: tl.constexpr):
+    """Row and column of the first token of a window."""
+    first_y = pixel(group_h.to(tl.int64), 0, groups_h, P_H, GRID)
+    return first_y, pixel(group_w.to(tl.int64), 0, groups_w, P_W, GRID)
 
 
 @triton.jit
@@ -66,6 +82,13 @@ def bias_tile(bias, head, query, key, N: tl.constexpr):
 def in_fp32(number):
     """A scalar argument in fp32: a compiler passes Python's floats in fp64."""
     return tl.full((), number, tl.float32)
+
+
+@triton.jit
+def store_share(dbias, share, walker, head, heads, query, key, N: tl.constexpr):
+    """Write a tile of this walker's share of the bias gradient, (walkers, h, N, N)."""
+    at = (walker.to(tl.int64) * heads + head) * N * N + query[:, None] * N + key[None, :]
+    tl.store(dbias + at, share, mask=(query < N)[:, None] & (key < N)[None, :])
 
 
 @triton.jit

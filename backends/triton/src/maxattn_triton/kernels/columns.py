@@ -15,9 +15,10 @@ from maxattn_triton.kernels.addressing import (
     dot,
     dropout_factor,
     exists_2d,
+    first_token,
     from_first,
     in_fp32,
-    pixel,
+    share_of_work,
     unravel,
 )  # fmt: skip
 
@@ -39,9 +40,7 @@ def backward(
     FULL: tl.constexpr = N // BLOCK_N if REST > 0 else (N + BLOCK_N - 1) // BLOCK_N
     PARTS: tl.constexpr = FULL + 1 if REST > 0 else FULL
     groups_h, groups_w = tl.cdiv(H, P_H), tl.cdiv(W, P_W)
-    tile = tl.program_id(0) % TILES
-    head = tl.program_id(0) // TILES % heads
-    walker, walkers = tl.program_id(0) // (TILES * heads), tl.num_programs(0) // (TILES * heads)
+    tile, head, walker, walkers = share_of_work(TILES, heads)
     image, group_h, group_w = unravel(walker, groups_h, groups_w)
     by_image, by_h, by_w = unravel(walkers, groups_h, groups_w)
 
@@ -58,8 +57,7 @@ def backward(
 
     for step in range(tl.cdiv(B * groups_h * groups_w - walker, walkers)):
         window = walker + step * walkers
-        first_y = pixel(group_h.to(tl.int64), 0, groups_h, P_H, GRID)
-        first_x = pixel(group_w.to(tl.int64), 0, groups_w, P_W, GRID)
+        first_y, first_x = first_token(group_h, group_w, groups_h, groups_w, P_H, P_W, GRID)
         first = qkv + (image.to(tl.int64) * stride_b + first_y * stride_h + first_x * stride_w)
         first_out = ((image.to(tl.int64) * H + first_y) * W + first_x) * (heads * D)
         if RAGGED:

@@ -19,11 +19,30 @@ from maxattn_triton.kernels.addressing import (
     dot,
     dropout_factor,
     exists_2d,
+    first_token,
     from_first,
     in_fp32,
-    pixel,
+    share_of_work,
+    store_share,
     unravel,
 )  # fmt: skip
+
+
+@triton.jit
+def keys_and_values(
+    first, key, head, first_y, first_x, H, W, groups_h, groups_w, stride_h, stride_w, stride_part, stride_head,
+    GRID: tl.constexpr, P_H: tl.constexpr, P_W: tl.constexpr, D: tl.constexpr,
+    RAGGED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """k and v (keys, BLOCK_D) of a window whose first token lies at `first`, and which of the keys exist."""
+    y, x = from_first(key, groups_h, groups_w, P_H, P_W, GRID)
+    exists = key < P_H * P_W
+    if RAGGED:
+        exists = exists & (first_y + y < H) & (first_x + x < W)
+    inside = exists_2d(exists, D, BLOCK_D)
+    at = channels(y, x, stride_h, stride_w, BLOCK_D) + head.to(tl.int64) * stride_head
+    k = tl.load(first + stride_part + at, mask=inside, other=0.0)
+    return k, tl.load(first + 2 * stride_part + at, mask=inside, other=0.0), exists
 
 
 @triton.jit
@@ -43,9 +62,7 @@ def forward(
     FULL: tl.constexpr = N // BLOCK_N if REST > 0 else (N + BLOCK_N - 1) // BLOCK_N
     PARTS: tl.constexpr = FULL + 1 if REST > 0 else FULL
     groups_h, groups_w = tl.cdiv(H, P_H), tl.cdiv(W, P_W)
-    tile = tl.program_id(0) % TILES
-    head = tl.program_id(0) // TILES % heads
-    walker, walkers = tl.program_id(0) // (TILES * heads), tl.num_programs(0) // (TILES * heads)
+    tile, head, walker, walkers = share_of_work(TILES, heads)
     image, group_h, group_w = unravel(walker, groups_h, groups_w)
     by_image, by_h, by_w = unravel(walkers, groups_h, groups_w)
 
@@ -62,8 +79,7 @@ def forward(
 
     for step in range(tl.cdiv(B * groups_h * groups_w - walker, walkers)):
         window = walker + step * walkers
-        first_y = pixel(group_h.to(tl.int64), 0, groups_h, P_H, GRID)
-        first_x = pixel(group_w.to(tl.int64), 0, groups_w, P_W, GRID)
+        first_y, first_x = first_token(group_h, group_w, groups_h, groups_w, P_H, P_W, GRID)
         first = qkv + (image.to(tl.int64) * stride_b + first_y * stride_h + first_x * stride_w)
         if RAGGED:
             exists = (query < N) & (first_y + y < H) & (first_x + x < W)
@@ -74,15 +90,10 @@ def forward(
         o = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for part in tl.static_range(PARTS):
             key = part * BLOCK_N + tl.arange(0, BLOCK_N if part < FULL else REST)
-            y_key, x_key = from_first(key, groups_h, groups_w, P_H, P_W, GRID)
-            exists_key = key < N
-            if RAGGED:
-                exists_key = exists_key & (first_y + y_key < H) & (first_x + x_key < W)
-            inside_key = exists_2d(exists_key, D, BLOCK_D)
-            at_key = channels(y_key, x_key, stride_h, stride_w, BLOCK_D) + head.to(tl.int64) * stride_head
-            k = tl.load(first + stride_part + at_key, mask=inside_key, other=0.0)  # (keys, D)
-            v = tl.load(first + 2 * stride_part + at_key, mask=inside_key, other=0.0)
-
+            k, v, exists_key = keys_and_values(
+                first, key, head, first_y, first_x, H, W, groups_h, groups_w,
+                stride_h, stride_w, stride_part, stride_head, GRID, P_H, P_W, D, RAGGED, BLOCK_D,
+            )  # fmt: skip
             s = dot(q, tl.trans(k), PRECISION=PRECISION) * (scale * LOG2_E)  # (BLOCK_M, keys)
             if HAS_BIAS:
                 s += biases[part] if HOLD_BIAS else bias_tile(bias, head, query, key, N)
@@ -130,9 +141,7 @@ def backward(
     FULL: tl.constexpr = N // BLOCK_N if REST > 0 else (N + BLOCK_N - 1) // BLOCK_N
     PARTS: tl.constexpr = FULL + 1 if REST > 0 else FULL
     groups_h, groups_w = tl.cdiv(H, P_H), tl.cdiv(W, P_W)
-    tile = tl.program_id(0) % TILES
-    head = tl.program_id(0) // TILES % heads
-    walker, walkers = tl.program_id(0) // (TILES * heads), tl.num_programs(0) // (TILES * heads)
+    tile, head, walker, walkers = share_of_work(TILES, heads)
     image, group_h, group_w = unravel(walker, groups_h, groups_w)
     by_image, by_h, by_w = unravel(walkers, groups_h, groups_w)
 
@@ -153,8 +162,7 @@ def backward(
 
     for step in range(tl.cdiv(B * groups_h * groups_w - walker, walkers)):
         window = walker + step * walkers
-        first_y = pixel(group_h.to(tl.int64), 0, groups_h, P_H, GRID)
-        first_x = pixel(group_w.to(tl.int64), 0, groups_w, P_W, GRID)
+        first_y, first_x = first_token(group_h, group_w, groups_h, groups_w, P_H, P_W, GRID)
         first = qkv + (image.to(tl.int64) * stride_b + first_y * stride_h + first_x * stride_w)
         first_out = ((image.to(tl.int64) * H + first_y) * W + first_x) * (heads * D)
         if RAGGED:
@@ -171,15 +179,10 @@ def backward(
         summed = ()
         for part in tl.static_range(PARTS):
             key = part * BLOCK_N + tl.arange(0, BLOCK_N if part < FULL else REST)
-            y_key, x_key = from_first(key, groups_h, groups_w, P_H, P_W, GRID)
-            exists_key = key < N
-            if RAGGED:
-                exists_key = exists_key & (first_y + y_key < H) & (first_x + x_key < W)
-            inside_key = exists_2d(exists_key, D, BLOCK_D)
-            at_key = channels(y_key, x_key, stride_h, stride_w, BLOCK_D) + head.to(tl.int64) * stride_head
-            k = tl.load(first + stride_part + at_key, mask=inside_key, other=0.0)  # (keys, D)
-            v = tl.load(first + 2 * stride_part + at_key, mask=inside_key, other=0.0)
-
+            k, v, exists_key = keys_and_values(
+                first, key, head, first_y, first_x, H, W, groups_h, groups_w,
+                stride_h, stride_w, stride_part, stride_head, GRID, P_H, P_W, D, RAGGED, BLOCK_D,
+            )  # fmt: skip
             s = dot(q, tl.trans(k), PRECISION=PRECISION) * (scale * LOG2_E)  # (BLOCK_M, keys)
             if HAS_BIAS:
                 s += biases[part] if HOLD_BIAS else bias_tile(bias, head, query, key, N)
@@ -200,5 +203,4 @@ def backward(
     if BIAS_GRADIENT:
         for part in tl.static_range(PARTS):
             key = part * BLOCK_N + tl.arange(0, BLOCK_N if part < FULL else REST)
-            share = (walker.to(tl.int64) * heads + head) * N * N + query[:, None] * N + key[None, :]
-            tl.store(dbias + share, shares[part], mask=(query < N)[:, None] & (key < N)[None, :])
+            store_share(dbias, shares[part], walker, head, heads, query, key, N)

@@ -17,20 +17,22 @@ from maxattn_triton.kernels.addressing import (
     dot,
     dropout_factor,
     exists_2d,
+    first_token,
     from_first,
     in_fp32,
-    pixel,
+    share_of_work,
+    store_share,
     unravel,
 )  # fmt: skip
 
 
 @triton.jit
-def first_token(window, H, W, P_H: tl.constexpr, P_W: tl.constexpr, GRID: tl.constexpr):
+def locate(window, H, W, P_H: tl.constexpr, P_W: tl.constexpr, GRID: tl.constexpr):
     """The image of a window, and the row and column of its first token."""
     groups_h, groups_w = tl.cdiv(H, P_H), tl.cdiv(W, P_W)
     image, group_h, group_w = unravel(window, groups_h, groups_w)
-    first_y = pixel(group_h.to(tl.int64), 0, groups_h, P_H, GRID)
-    return image.to(tl.int64), first_y, pixel(group_w.to(tl.int64), 0, groups_w, P_W, GRID)
+    first_y, first_x = first_token(group_h, group_w, groups_h, groups_w, P_H, P_W, GRID)
+    return image.to(tl.int64), first_y, first_x
 
 
 @triton.jit
@@ -38,6 +40,19 @@ def place(token, first_y, first_x, H, W, P_H: tl.constexpr, P_W: tl.constexpr, G
     """Rows and columns of tokens from the first of their window, and whether they exist."""
     y, x = from_first(token, tl.cdiv(H, P_H), tl.cdiv(W, P_W), P_H, P_W, GRID)
     return y, x, (token < P_H * P_W) & (first_y + y < H) & (first_x + x < W)
+
+
+@triton.jit
+def keys_and_values(
+    first, key, first_y, first_x, H, W, stride_h, stride_w, stride_part,
+    GRID: tl.constexpr, P_H: tl.constexpr, P_W: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """k and v (BLOCK_N, BLOCK_D) of a window whose first token lies at `first`, and where which of the keys exist."""
+    y, x, exists = place(key, first_y, first_x, H, W, P_H, P_W, GRID)
+    inside = exists_2d(exists, D, BLOCK_D)
+    at = first + stride_part + channels(y, x, stride_h, stride_w, BLOCK_D)
+    k = tl.load(at, mask=inside, other=0.0)
+    return k, tl.load(at + stride_part, mask=inside, other=0.0), y, x, exists
 
 
 @triton.jit
@@ -68,15 +83,14 @@ def forward(
     N: tl.constexpr = P_H * P_W
     scale = in_fp32(scale)
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    query = tl.program_id(0) % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = tl.program_id(0) // TILES % heads
-    walker, walkers = tl.program_id(0) // (TILES * heads), tl.num_programs(0) // (TILES * heads)
+    tile, head, walker, walkers = share_of_work(TILES, heads)
+    query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     qkv += head.to(tl.int64) * stride_head
     out += head * D
 
     for step in range(tl.cdiv(B * tl.cdiv(H, P_H) * tl.cdiv(W, P_W) - walker, walkers)):
         window = walker + step * walkers
-        image, first_y, first_x = first_token(window, H, W, P_H, P_W, GRID)
+        image, first_y, first_x = locate(window, H, W, P_H, P_W, GRID)
         first = qkv + (image * stride_b + first_y * stride_h + first_x * stride_w)
         y, x, exists = place(query, first_y, first_x, H, W, P_H, P_W, GRID)
         inside = exists_2d(exists, D, BLOCK_D)
@@ -86,11 +100,9 @@ def forward(
         o = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for start in range(0, N, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            y_key, x_key, exists_key = place(key, first_y, first_x, H, W, P_H, P_W, GRID)
-            inside_key = exists_2d(exists_key, D, BLOCK_D)
-            at_key = first + stride_part + channels(y_key, x_key, stride_h, stride_w, BLOCK_D)
-            k = tl.load(at_key, mask=inside_key, other=0.0)  # (BLOCK_N, D)
-            v = tl.load(at_key + stride_part, mask=inside_key, other=0.0)
+            k, v, _, _, exists_key = keys_and_values(
+                first, key, first_y, first_x, H, W, stride_h, stride_w, stride_part, GRID, P_H, P_W, D, BLOCK_D
+            )
             s = logits(q, k, bias, head, query, key, exists_key, scale, NP, HAS_BIAS, RAGGED, PRECISION)
             larger = tl.maximum(m, tl.max(s, 1))
             base = tl.where(larger == -float("inf"), 0.0, larger)  # no key of this tile or of earlier ones exists
@@ -123,14 +135,13 @@ def backward_queries(
     N: tl.constexpr = P_H * P_W
     scale = in_fp32(scale)
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    query = tl.program_id(0) % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = tl.program_id(0) // TILES % heads
-    walker, walkers = tl.program_id(0) // (TILES * heads), tl.num_programs(0) // (TILES * heads)
+    tile, head, walker, walkers = share_of_work(TILES, heads)
+    query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     qkv += head.to(tl.int64) * stride_head
 
     for step in range(tl.cdiv(B * tl.cdiv(H, P_H) * tl.cdiv(W, P_W) - walker, walkers)):
         window = walker + step * walkers
-        image, first_y, first_x = first_token(window, H, W, P_H, P_W, GRID)
+        image, first_y, first_x = locate(window, H, W, P_H, P_W, GRID)
         first = qkv + (image * stride_b + first_y * stride_h + first_x * stride_w)
         first_out = ((image * H + first_y) * W + first_x) * (heads * D) + head * D
         y, x, exists = place(query, first_y, first_x, H, W, P_H, P_W, GRID)
@@ -146,11 +157,9 @@ def backward_queries(
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for start in range(0, N, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            y_key, x_key, exists_key = place(key, first_y, first_x, H, W, P_H, P_W, GRID)
-            inside_key = exists_2d(exists_key, D, BLOCK_D)
-            at_key = first + stride_part + channels(y_key, x_key, stride_h, stride_w, BLOCK_D)
-            k = tl.load(at_key, mask=inside_key, other=0.0)  # (BLOCK_N, D)
-            v = tl.load(at_key + stride_part, mask=inside_key, other=0.0)
+            k, v, _, _, exists_key = keys_and_values(
+                first, key, first_y, first_x, H, W, stride_h, stride_w, stride_part, GRID, P_H, P_W, D, BLOCK_D
+            )
             s = logits(q, k, bias, head, query, key, exists_key, scale, NP, HAS_BIAS, RAGGED, PRECISION)
             p = tl.exp2(s - z[:, None])
             dp = dot(do, tl.trans(v), PRECISION=PRECISION)
@@ -176,22 +185,20 @@ def backward_keys(
     N: tl.constexpr = P_H * P_W
     scale = in_fp32(scale)
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    key = tl.program_id(0) % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = tl.program_id(0) // TILES % heads
-    walker, walkers = tl.program_id(0) // (TILES * heads), tl.num_programs(0) // (TILES * heads)
+    tile, head, walker, walkers = share_of_work(TILES, heads)
+    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     qkv += head.to(tl.int64) * stride_head
     dqkv += head * D
 
     for step in range(tl.cdiv(B * tl.cdiv(H, P_H) * tl.cdiv(W, P_W) - walker, walkers)):
         window = walker + step * walkers
-        image, first_y, first_x = first_token(window, H, W, P_H, P_W, GRID)
+        image, first_y, first_x = locate(window, H, W, P_H, P_W, GRID)
         first = qkv + (image * stride_b + first_y * stride_h + first_x * stride_w)
         first_out = ((image * H + first_y) * W + first_x) * (heads * D)
-        y_key, x_key, exists_key = place(key, first_y, first_x, H, W, P_H, P_W, GRID)
+        k, v, y_key, x_key, exists_key = keys_and_values(
+            first, key, first_y, first_x, H, W, stride_h, stride_w, stride_part, GRID, P_H, P_W, D, BLOCK_D
+        )
         inside_key = exists_2d(exists_key, D, BLOCK_D)
-        at_key = first + stride_part + channels(y_key, x_key, stride_h, stride_w, BLOCK_D)
-        k = tl.load(at_key, mask=inside_key, other=0.0)  # (BLOCK_N, D)
-        v = tl.load(at_key + stride_part, mask=inside_key, other=0.0)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for start in range(0, N, BLOCK_M):
@@ -235,12 +242,10 @@ def backward_bias(
     scale = in_fp32(scale)
     TILES_M: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    TILES: tl.constexpr = TILES_M * TILES_N
-    query = tl.program_id(0) // TILES_N % TILES_M * BLOCK_M + tl.arange(0, BLOCK_M)
-    key = tl.program_id(0) % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = tl.program_id(0) // TILES % heads
     groups_h, groups_w = tl.cdiv(H, P_H), tl.cdiv(W, P_W)
-    walker, walkers = tl.program_id(0) // (TILES * heads), tl.num_programs(0) // (TILES * heads)
+    tile, head, walker, walkers = share_of_work(TILES_M * TILES_N, heads)
+    query = tile // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
+    key = tile % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     image, group_h, group_w = unravel(walker, groups_h, groups_w)
     by_image, by_h, by_w = unravel(walkers, groups_h, groups_w)
 
@@ -256,8 +261,7 @@ def backward_bias(
 
     for step in range(tl.cdiv(B * groups_h * groups_w - walker, walkers)):
         window = walker + step * walkers
-        first_y = pixel(group_h.to(tl.int64), 0, groups_h, P_H, GRID)
-        first_x = pixel(group_w.to(tl.int64), 0, groups_w, P_W, GRID)
+        first_y, first_x = first_token(group_h, group_w, groups_h, groups_w, P_H, P_W, GRID)
         first = qkv + (image.to(tl.int64) * stride_b + first_y * stride_h + first_x * stride_w)
         first_out = ((image.to(tl.int64) * H + first_y) * W + first_x) * (heads * D)
         if RAGGED:
@@ -282,5 +286,4 @@ def backward_bias(
         db += p * (dp - row[:, None])
         image, group_h, group_w = advance(image, group_h, group_w, by_image, by_h, by_w, groups_h, groups_w)
 
-    share = (walker.to(tl.int64) * heads + head) * N * N + query[:, None] * N + key[None, :]
-    tl.store(dbias + share, db, mask=(query < N)[:, None] & (key < N)[None, :])
+    store_share(dbias, db, walker, head, heads, query, key, N)

@@ -16,9 +16,11 @@ from maxattn_triton.kernels.addressing import (
     dot,
     dropout_factor,
     exists_2d,
+    first_token,
     from_first,
     in_fp32,
-    pixel,
+    share_of_work,
+    store_share,
     unravel,
 )  # fmt: skip
 
@@ -40,8 +42,7 @@ def backward(
     N: tl.constexpr = P_H * P_W
     scale = in_fp32(scale)
     groups_h, groups_w = tl.cdiv(H, P_H), tl.cdiv(W, P_W)
-    head = tl.program_id(0) % heads
-    walker, walkers = tl.program_id(0) // heads, tl.num_programs(0) // heads
+    _, head, walker, walkers = share_of_work(1, heads)
     image, group_h, group_w = unravel(walker, groups_h, groups_w)
     by_image, by_h, by_w = unravel(walkers, groups_h, groups_w)
 
@@ -57,8 +58,7 @@ def backward(
         db = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
 
     for step in range(tl.cdiv(B * groups_h * groups_w - walker, walkers)):
-        first_y = pixel(group_h.to(tl.int64), 0, groups_h, P_H, GRID)
-        first_x = pixel(group_w.to(tl.int64), 0, groups_w, P_W, GRID)
+        first_y, first_x = first_token(group_h, group_w, groups_h, groups_w, P_H, P_W, GRID)
         if RAGGED:
             exists = (token < N) & (first_y + y < H) & (first_x + x < W)
         inside = exists_2d(exists, D, BLOCK_D)
@@ -98,5 +98,4 @@ def backward(
         image, group_h, group_w = advance(image, group_h, group_w, by_image, by_h, by_w, groups_h, groups_w)
 
     if BIAS_GRADIENT:
-        share = (walker.to(tl.int64) * heads + head) * N * N + token[:, None] * N + token[None, :]
-        tl.store(dbias + share, db, mask=(token < N)[:, None] & (token < N)[None, :])
+        store_share(dbias, db, walker, head, heads, token, token, N)

@@ -1,0 +1,134 @@
+"""The generations of flash-attn: which is installed, which GPUs each is for, and what each can do."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import PathFinder
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
+from importlib.util import find_spec
+
+import torch
+
+from maxattn.ops.contract import Problem, Reason
+
+MULTIPLE = 8
+"""Head dims that the kernels take are multiples of this."""
+
+LARGEST_HEAD_DIM = 256
+LARGEST_UNRESTRICTED = 192
+"""Above, 3 refuses determinism, of 4 it is not known, and 2 has no backward pass with dropout in `SMALL_MEMORY`."""
+
+SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
+"""Compute capabilities of chips with 99 KB of shared memory a block."""
+
+HAS_IT = "flash-attn 2 has it: pip install flash-attn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A generation of flash-attn: the module and the distribution it is found by, and its facts."""
+
+    number: int
+    module: str
+    distribution: str
+    oldest: tuple[int, int] = (0, 0)
+    dropout: bool = False
+    compile: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"flash-attn {self.number}"
+
+    def head_dim(self, channels: int, capability: tuple[int, int] | None) -> int | None:
+        """The smallest head dim of its kernels that holds `channels`; None if there is none."""
+        dim = -(-channels // MULTIPLE) * MULTIPLE
+        major = capability[0] if capability else 0
+        if self.number == 4 and major >= 10 and dim > 128:
+            return LARGEST_HEAD_DIM if major < 12 and dim <= LARGEST_HEAD_DIM else None
+        return dim if dim <= LARGEST_HEAD_DIM else None
+
+    def reasons(self, problem: Problem, channels: int) -> list[Reason]:
+        """Why it cannot serve `problem`, which takes so many channels a head."""
+        dim = self.head_dim(channels, problem.compute_capability)
+        if dim is None:
+            return [self._too_wide(problem, channels)]
+        found = []
+        if problem.dropout_p > 0 and not self.dropout:
+            found.append(Reason("dropout", f"{self.name} has no dropout", HAS_IT))
+        elif problem.dropout_p > 0 and problem.differentiated and self._lacks_memory(problem, dim):
+            told = f"{self.name} has no backward pass with dropout for head dim {dim} on this GPU"
+            found.append(Reason("dropout", told, f"head dims up to {LARGEST_UNRESTRICTED}, the bias included"))
+        if problem.deterministic and problem.differentiated and not self._deterministic(problem, dim):
+            told = f"{self.name} has no deterministic backward pass for head dim {dim} on this GPU"
+            found.append(Reason("deterministic", told, HAS_IT))
+        if problem.compiling and not self.compile:
+            found.append(Reason("compile", f"{self.name} is not traced by torch.compile", HAS_IT))
+        return found
+
+    def _too_wide(self, problem: Problem, channels: int) -> Reason:
+        if problem.bias is None:
+            return Reason("head_dim", f"{self.name} has no kernel for head dim {channels} on this GPU", HAS_IT)
+        told = f"a bias of {problem.tokens} tokens takes {channels} channels a head, too many for {self.name} here"
+        fitting = [
+            n for n in range(1, problem.tokens) if self.head_dim(problem.head_dim + n, problem.compute_capability)
+        ]
+        hint = f"windows of up to {fitting[-1]} tokens, or no bias" if fitting else "no bias"
+        return Reason("window", told, hint)
+
+    def _lacks_memory(self, problem: Problem, dim: int) -> bool:
+        return dim > LARGEST_UNRESTRICTED and problem.compute_capability in SMALL_MEMORY
+
+    def _deterministic(self, problem: Problem, dim: int) -> bool:
+        on_consumer_blackwell = problem.compute_capability is not None and problem.compute_capability[0] == 12
+        return self.number == 2 or (dim <= LARGEST_UNRESTRICTED and not on_consumer_blackwell)
+
+
+TWO = Generation(
+    number=2, module="flash_attn_2_cuda", distribution="flash-attn", oldest=(2, 7), dropout=True, compile=True
+)
+THREE = Generation(number=3, module="flash_attn_interface", distribution="flash-attn-3")
+FOUR = Generation(number=4, module="flash_attn.cute", distribution="flash-attn-4")
+
+PREFERRED = {8: (TWO,), 9: (THREE, TWO, FOUR), 10: (FOUR, TWO), 11: (FOUR, TWO), 12: (TWO, FOUR)}
+"""By the major compute capability: the generations that have all passes there, the fastest first."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def installed() -> tuple[tuple[int, str], ...]:
+    """The generations that are installed, each by its number and version, "" where that is not known."""
+    return _installed()
+
+
+@cache
+def _installed() -> tuple[tuple[int, str], ...]:
+    return tuple((one.number, _version(one.distribution)) for one in (TWO, THREE, FOUR) if _found(one.module))
+
+
+def too_old(generation: Generation, version: str) -> bool:
+    """Whether a version, if it is known, is older than the oldest that serves.
+
+    Example:
+        >>> too_old(TWO, "2.6.3"), too_old(TWO, "2.8.3.post1"), too_old(TWO, "")
+        (True, False, False)
+    """
+    known = re.match(r"(\d+)\.(\d+)", version)
+    return known is not None and (int(known[1]), int(known[2])) < generation.oldest
+
+
+def _found(module: str) -> bool:
+    """Whether there is such a module; nothing is imported, not even the package that it is part of."""
+    package, _, rest = module.partition(".")
+    spec = find_spec(package)
+    if spec is None or not rest:
+        return spec is not None
+    return PathFinder.find_spec(module, spec.submodule_search_locations) is not None
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version_of(distribution)
+    except PackageNotFoundError:
+        return ""
