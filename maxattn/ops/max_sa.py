@@ -34,7 +34,7 @@ def max_sa(
     With `n_h = ceil(H / P_h)` groups along the height (likewise the width), token `i` of group `a` is row
     `a * P_h + i` for `axis="block"` and row `i * n_h + a` for `axis="grid"`. Rows and columns outside the image do
     not exist: any H x W is served, and none is padded. Softmax and sums run in fp32 (fp64 for fp64 input), under
-    autocast too: the dtype of `qkv` alone decides.
+    autocast too: the dtype of `qkv` alone decides. As anywhere in PyTorch, `backward()` belongs outside of autocast.
 
     Args:
         qkv: `(B, H, W, 3, heads, head_dim)`, packed as a Linear on NHWC leaves it; the last stride must be 1.

@@ -10,18 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from maxattn.ops import windows
 from maxattn.ops.contract import Backend, Capabilities, Problem, Reason
-
-LARGEST_BATCH = 65_535
-"""CUDA kernels put the batch on a grid axis of 16 bits: more windows than this fail or are declined silently."""
-
-ALIGNMENT = 16
-"""Bytes that the fused CUDA kernels read at a time."""
+from maxattn.ops.windows import LARGEST_BATCH, aligned, for_each_size
 
 
 class Sdpa(Backend):
-    """Partition, one call of PyTorch's kernel per size of group, merge. The bias is broadcast over the windows."""
+    """Partition, one call of PyTorch's kernel per size of group, merge. The bias is broadcast over the"""
 
     name = "sdpa"
     capabilities = Capabilities()
@@ -62,7 +56,7 @@ class Sdpa(Backend):
         if bias is not None:  # the gradients of its corners are summed in this dtype
             bias = bias.to(torch.promote_types(problem.dtype, torch.float32))
         with _inner_kernel(problem):
-            out = windows.for_each_size(qkv, bias, problem.window, problem.axis, attend_windows)
+            out = for_each_size(qkv, bias, problem.window, problem.axis, attend_windows)
         if problem.batch == 0 and bias is not None:
             return out + bias.sum().to(out.dtype)  # PyTorch leaves the bias of an empty batch out of the graph
         return out
@@ -85,19 +79,12 @@ def _attend_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, problem:
         return F.scaled_dot_product_attention(q, k, v, bias, problem.dropout_p, scale=problem.softmax_scale)
     bias = None if bias is None else bias.to(q.dtype)
     if not problem.compiling:  # a compiler cannot trace the question, and lays out its own tensors
-        q, k, v, bias = _aligned(q), _aligned(k), _aligned(v), None if bias is None else _aligned(bias)
+        q, k, v, bias = aligned(q), aligned(k), aligned(v), None if bias is None else aligned(bias)
     mask = None if bias is None else bias.unsqueeze(0)
     out = F.scaled_dot_product_attention(q, k, v, mask, problem.dropout_p, scale=problem.softmax_scale)
     if out.requires_grad and not problem.compiling:
-        out.register_hook(_aligned)
+        out.register_hook(aligned)
     return out
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """`x`, copied unless it starts, and steps, by multiples of 16 bytes: else the fused CUDA kernels may fail."""
-    steps = (x.storage_offset(), *x.stride()[:-1])
-    aligned = all(step * x.element_size() % ALIGNMENT == 0 for step in steps)
-    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _needs_math(problem: Problem) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from maxattn.ops.contract import Axis
 
 LARGEST_BATCH = 65_535
-"""CUDA kernels put the batch on a grid axis of 16 bits."""
+"""CUDA kernels put the batch on a grid axis of 16 bits: more windows than this fail or are declined silently."""
 
 ALIGNMENT = 16
 """Bytes that fused CUDA kernels read at a time."""

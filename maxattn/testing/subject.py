@@ -26,6 +26,18 @@ NO_GRADIENT = {"requires_grad": False, "bias_requires_grad": False}
 """The fields of a problem that asks for none."""
 HEADS = (2, 4, 8, 1, 3)
 """What a base problem may have, the most liked first."""
+SIMPLER: tuple[dict[str, Any], ...] = (
+    {"bias": None, "bias_requires_grad": False, "bias_layout": "contiguous"},
+    {"bias_requires_grad": False},
+    {"requires_grad": False},
+    {"batch": 1},
+    {"heads": 1},
+    {"layout": "contiguous"},
+    {"grad_layout": "contiguous"},
+    {"values": "normal"},
+    {"scale": None},
+)
+"""What is left out of a case that fails, one after another."""
 PREFERRED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -188,15 +200,32 @@ class Subject:
             raise (failing[-1] if failing else error) from None
 
     def try_each(self, cases: Iterable[Case], test: Test) -> None:
-        """Try `test` on every case. Raises Failing with the first that fails."""
+        """Try `test` on every case. Raises Failing with the first that fails, made simpler as long as it fails."""
         for case in cases:
             try:
                 self._try(test, case)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
-                raise Failing(case, error) from error
+                raise self._simplest(Failing(case, error), test) from error
             self.count()
+
+    def _simplest(self, failing: Failing, test: Test) -> Failing:
+        """The same failure of a case with less in it."""
+        for change in SIMPLER:
+            if failing.case is None or failing.fatal:
+                break
+            case = failing.case.but(**change)
+            if case == failing.case or self.reasons(case.problem):
+                continue
+            try:
+                self._try(test, case)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                if _kind(error) == _kind(failing.cause):
+                    failing = Failing(case, error)
+        return failing
 
     def _try(self, test: Test, case: Case) -> None:
         """One case; what fails on the device is told here, and not in the next case."""
@@ -214,6 +243,11 @@ def _unlike_5x3(window: tuple[int, int]) -> tuple[bool, int, bool]:
     """Rectangular windows before square ones, those that are nearly square before narrow ones, and high ones first."""
     high, wide = window
     return high == wide, abs(high - wide), high < wide
+
+
+def _kind(error: BaseException) -> tuple[type, list[str]]:
+    """What two errors have in common that tell of the same fault."""
+    return type(error), str(error).split()[:3]
 
 
 def full_windows(window: tuple[int, int]) -> dict[str, Any]:

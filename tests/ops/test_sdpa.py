@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import maxattn
 from maxattn import Problem
-from maxattn.ops.sdpa import LARGEST_BATCH, Sdpa
+from maxattn.ops.sdpa import Sdpa
+from maxattn.ops.windows import LARGEST_BATCH
 from maxattn.testing import Case, parametrize_with_backend_checks
 
 PROBLEM = Problem(axis="block", window=(4, 3), batch=2, height=9, width=10, heads=2, head_dim=8)

@@ -312,3 +312,17 @@ def test_an_expected_failure_needs_a_reason(expected: Any, error: type[Exception
 
 def test_windows_of_more_tokens_than_the_kit_tries_by_default_are_tried_where_no_other_is_declared() -> None:
     assert strategies.windows(Capabilities(window_tokens=(2000, 2100)))
+
+
+def test_the_case_that_is_shown_has_nothing_in_it_that_the_failure_does_not_need() -> None:
+    class Doubled(Naive):
+        name = "doubled"
+
+        def attend(self, qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+            return super().attend(qkv, bias, problem) * (2 if problem.scale else 1)
+
+    (outcome,) = check_backend(Doubled(), examples=3, only=["scale"]).checks
+    assert outcome.case is not None
+    problem = outcome.case.problem
+    assert (problem.bias, problem.requires_grad, problem.batch, problem.heads) == (None, False, 1, 1)
+    assert problem.scale

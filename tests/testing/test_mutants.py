@@ -101,7 +101,7 @@ def test_a_backend_without_a_bug_passes(name: str) -> None:
 def test_every_check_that_a_cpu_allows_has_a_bug_to_find() -> None:
     subject = subject_of(Naive(), "cpu", EXAMPLES, seed=0)
     found = {name for name, check in CHECKS.items() if check.not_applicable(subject) != "only on cuda"}
-    assert set(FOUND_BY) == found - {"autocast"}, "which `max_sa` itself switches off, so that no backend can obey it"
+    assert set(FOUND_BY) == found - {"autocast"}, "which `max_sa` itself switches off around the call"
 
 
 @pytest.mark.parametrize("check", FOUND_BY)

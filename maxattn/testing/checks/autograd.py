@@ -100,7 +100,7 @@ def checkpointing(subject: Subject) -> None:
     subject.try_each(subject.variants({}), check)
 
 
-@check("autocast changes nothing: the dtype of qkv decides")
+@check("autocast around the call changes nothing: the dtype of qkv decides")
 def autocast(subject: Subject) -> None:
     for dtype in (torch.bfloat16, torch.float16):
 

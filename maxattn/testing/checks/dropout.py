@@ -22,7 +22,7 @@ from maxattn.testing.failure import require
 from maxattn.testing.groups import by_group, token_of_pixel
 from maxattn.testing.observe import observe, within_budget
 from maxattn.testing.registry import check, declared
-from maxattn.testing.subject import Subject, full_windows
+from maxattn.testing.subject import SEVERAL_TILES, Subject, full_windows
 
 RATES = (0.1, 0.5, 0.8)
 SEEDS = 12
@@ -63,7 +63,9 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 @check("weights are kept with probability 1 - p, each by itself, and scaled by 1 / (1 - p)", declared("dropout"))
 def dropout_rate(subject: Subject) -> None:
-    subject.try_each(_cases(subject, *RATES, values="constant"), lambda case: _check_rate(subject, case))
+    tiled = full_windows(subject.largest_window(SEVERAL_TILES)) | {"dropout_p": 0.5, "values": "constant"}
+    cases = _cases(subject, *RATES, values="constant") + subject.variants(tiled)
+    subject.try_each(cases, lambda case: _check_rate(subject, case))
 
 
 def _check_rate(subject: Subject, case: Case) -> None:

@@ -308,3 +308,12 @@ class DropoutWithoutMaximum(Steps):
             return super().softmax(logits, problem)
         weights = logits.exp()
         return weights / weights.sum(-1, keepdim=True)
+
+
+@mutant()
+class DropoutCountedByTile(Steps):
+    """the counter of the random numbers starts again with every tile of 64 keys"""
+
+    def dropped(self, weights: Tensor, dropout_p: float) -> Tensor:
+        random = torch.rand_like(weights[..., :64]).repeat(*(1,) * (weights.ndim - 1), -(-weights.shape[-1] // 64))
+        return weights * (random[..., : weights.shape[-1]] >= dropout_p) / (1 - dropout_p)
