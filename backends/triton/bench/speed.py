@@ -3,8 +3,10 @@
     python backends/triton/bench/speed.py --out DIRECTORY
 
 Floors count each element once: forward 4 B H W C, forward and backward 12 B H W C, at the bandwidth of a large copy
-measured in the same run. Calls are replayed from a CUDA graph, so the time of Python is not in the numbers; the last
-column is the same training call without one. The cache is cleared before each call.
+measured in the same run. The backend `copy` copies as many bytes as the forward pass of a kernel must move: what a
+launch and a problem of this size cost at least. Calls are replayed from a CUDA graph, so the time of Python is not in
+the numbers; the last column but one is the same training call without one. The cache is cleared before each call.
+`naive+compile` is the specification under `torch.compile`.
 """
 
 from __future__ import annotations
@@ -13,11 +15,15 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 import maxattn
+from maxattn.ops.contract import Axis
 
 SHAPES = (
     (256, 56, 64, 7),
@@ -26,6 +32,7 @@ SHAPES = (
     (256, 7, 512, 7),
     (128, 64, 64, 8),
     (64, 96, 64, 12),
+    (64, 56, 64, 14),
     (64, 64, 64, 16),
     (32, 112, 64, 28),
 )
@@ -62,10 +69,19 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def measure(shape: tuple[int, int, int, int], axis: str, backend: str) -> dict[str, float]:
+def measure(shape: tuple[int, int, int, int], axis: Axis, backend: str) -> dict[str, float]:
     """Microseconds of the forward pass, and of both passes from a graph and without one; and MiB of one training."""
     B, size, C, window = shape
     heads = C // HEAD_DIM
+    if backend == "copy":
+        source = torch.ones(2 * B * size**2 * C, dtype=torch.bfloat16, device="cuda")
+        target = torch.empty_like(source)
+        return {"forward": microseconds(captured(lambda: target.copy_(source)))}
+    name, _, compiled = backend.partition("+")
+    max_sa: Callable[..., Tensor] = partial(maxattn.max_sa, backend=name)
+    if compiled:
+        torch.compiler.reset()
+        max_sa = torch.compile(max_sa, dynamic=False, fullgraph=True)
     generator = torch.Generator("cuda").manual_seed(0)
     qkv = torch.randn(B, size, size, 3, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16, generator=generator)
     bias = torch.randn(heads, window**2, window**2, device="cuda", generator=generator)
@@ -73,11 +89,11 @@ def measure(shape: tuple[int, int, int, int], axis: str, backend: str) -> dict[s
 
     def infer() -> None:
         with torch.no_grad():
-            maxattn.max_sa(qkv, axis, window, bias, backend=backend)
+            max_sa(qkv, axis, window, bias)
 
     def train() -> None:
         leaves = qkv.detach().requires_grad_(), bias.detach().requires_grad_()
-        out = maxattn.max_sa(leaves[0], axis, window, leaves[1], backend=backend)
+        out = max_sa(leaves[0], axis, window, leaves[1])
         torch.autograd.grad(out, leaves, gradient)
 
     before = torch.cuda.memory_allocated()
@@ -99,18 +115,32 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / microseconds(lambda: target.copy_(source))
 
 
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    cells = [", ".join(map(str, row["shape"])), row["axis"], row["backend"]]
+    if "error" in row:
+        return f"| {' | '.join([*cells, row['error'], *[''] * 5])} |"
+    cells += [f"{row['forward']:.0f}", f"{row['forward'] / row['floor']:.2f}"]
+    if "training" in row:
+        cells += [f"{row['training']:.0f}", f"{row['training'] / row['floor'] / 3:.2f}"]
+        cells += [f"{row['training without a graph']:.0f}", f"{row['MiB']:.0f}"]
+    else:
+        cells += [""] * 4
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--backends", default="triton,sdpa")
+    parser.add_argument("--backends", default="copy,triton,sdpa,naive+compile,flex")
     arguments = parser.parse_args()
     bandwidth = copy_bandwidth()
     rows = []
     for shape in SHAPES:
         floor = shape[0] * shape[1] ** 2 * shape[2] * 2 * 4 / bandwidth
-        for axis in ("block", "grid"):
+        for axis in get_args(Axis):
             for backend in arguments.backends.split(","):
-                row = {"shape": shape, "axis": axis, "backend": backend, "floor": floor}
+                row: dict[str, Any] = {"shape": shape, "axis": axis, "backend": backend, "floor": floor}
                 try:
                     row |= measure(shape, axis, backend)
                 except (RuntimeError, torch.OutOfMemoryError) as error:
@@ -121,20 +151,12 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "speed.json").write_text(json.dumps({**facts, "rows": rows}, indent=1))
     lines = [
-        f"{facts['device']}, torch {facts['torch']}, bfloat16; microseconds, and multiples of the floor",
+        f"{facts['device']}, torch {facts['torch']}, bfloat16, bias in float32; microseconds, multiples of the floor",
         "",
         "| B, H = W, C, window | axis | backend | forward | x floor | training | x floor | without a graph | MiB |",
         "|---|---|---|---|---|---|---|---|---|",
+        *map(line, rows),
     ]
-    for row in rows:
-        cells = [", ".join(map(str, row["shape"])), row["axis"], row["backend"]]
-        if "error" in row:
-            cells += [row["error"]] + [""] * 5
-        else:
-            forward, training, floor = row["forward"], row["training"], row["floor"]
-            cells += [f"{forward:.0f}", f"{forward / floor:.2f}", f"{training:.0f}", f"{training / floor / 3:.2f}"]
-            cells += [f"{row['training without a graph']:.0f}", f"{row['MiB']:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
     (arguments.out / "speed.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

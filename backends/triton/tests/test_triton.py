@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,3 +156,19 @@ def test_is_never_chosen_by_itself_on_a_cpu(variable: str | None, monkeypatch: p
     assert explanation.backend == "sdpa"
     codes = {one.name: [reason.code for reason in one.reasons] for one in explanation.candidates}
     assert codes["triton"] == ([] if variable else ["interpreter"])
+
+
+def test_to_a_compiler_each_kernel_writes_its_results_alone() -> None:
+    script = Path(__file__).with_name("what_kernels_write.py")
+    compiled = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, str(script)], env=compiled, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {
+        "rows.forward": ["lse", "out"],
+        "rows.backward": ["dbias", "delta", "dqkv"],
+        "columns.backward": ["dqkv"],
+        "whole.backward": ["dbias", "dqkv"],
+        "tiles.forward": ["lse", "out"],
+        "tiles.backward_queries": ["delta", "dqkv"],
+        "tiles.backward_keys": ["dqkv"],
+        "tiles.backward_bias": ["dbias"],
+    }

@@ -35,7 +35,7 @@ PROBLEM = Problem(
     bias_requires_grad=True,
 )
 FORWARD = Key("rows.forward", 4, 16, 2)
-TWO = [Launch(16, 16, True, 4, 1, 1), Launch(16, 16, False, 2, 1, 1)]
+TWO = [Launch(16, 16, 4, 1, 1), Launch(16, 16, 2, 1, 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_a_file_that_cannot_be_read_is_left_aside_with_a_warning(
 
 
 def test_a_launch_that_fails_is_told_and_not_kept() -> None:
-    three_keys = Launch(3, 3, True, 4, 1, 1)  # no power of two: no kernel takes such tiles
+    three_keys = Launch(3, 3, 4, 1, 1)  # no power of two: no kernel takes such tiles
     found = tuning.tune(
         replace(PROBLEM, requires_grad=False, bias_requires_grad=False), lambda key: [three_keys, TWO[0]]
     )
@@ -105,7 +105,7 @@ def test_a_launch_that_fails_is_told_and_not_kept() -> None:
 
 def test_no_launch_that_works_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"no launch of rows\.forward works: "):
-        tuning.tune(PROBLEM, lambda key: [Launch(3, 3, True, 4, 1, 1)])
+        tuning.tune(PROBLEM, lambda key: [Launch(3, 3, 4, 1, 1)])
 
 
 def test_candidates_begin_with_what_is_used_and_hold_nothing_twice() -> None:

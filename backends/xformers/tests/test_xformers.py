@@ -129,6 +129,7 @@ def test_conforms(name: str) -> None:
         pytest.param(Installed(None, False, False), {}, {"not_installed"}, id="nothing installed"),
         pytest.param(Installed("0.0.36", True, False), {}, {"not_installed"}, id="without mslk, which it needs"),
         pytest.param(Installed("0.0.33.post2", False, False), {}, {"version"}, id="too old a version"),
+        pytest.param(Installed("0.0.35", False, False, "libcudart.so.12"), {}, {"version"}, id="for another CUDA"),
         pytest.param(OWN_KERNELS, {"requires_grad": False}, {"bias_gradient"}, id="a gradient of the bias alone"),
         pytest.param(OWN_KERNELS, {"deterministic": True}, {"deterministic"}, id="determinism"),
         pytest.param(OWN_KERNELS, {"compute_capability": (10, 0)}, {"too_new"}, id="GPU too new"),
@@ -227,3 +228,20 @@ if torch.cuda.is_available() and library.missing(library.installed()) is None:
     def test_conforms_by_xformers_itself(name: str) -> None:
         (outcome,) = check_backend(Xformers(), device="cuda", examples=50, only=[name]).checks
         assert outcome.status != "failed", str(outcome)
+
+
+@pytest.mark.parametrize(
+    ("built_for", "cuda", "lacks"),
+    [
+        pytest.param(1208, "12.6", None, id="the same CUDA"),
+        pytest.param(101, "13.0", "libcudart.so.1", id="another, which is not here"),
+        pytest.param(None, "13.0", None, id="without CUDA"),
+        pytest.param(1208, None, None, id="PyTorch without CUDA"),
+    ],
+)
+def test_a_build_for_a_cuda_that_is_not_here_is_known_without_an_import(
+    built_for: int | None, cuda: str | None, lacks: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "cpp_lib.json").write_text(json.dumps({"version": {"cuda": built_for}}))
+    assert library.missing_cuda(tmp_path / "__init__.py", cuda) == lacks
+    assert library.missing_cuda(tmp_path / "elsewhere" / "__init__.py", cuda) is None

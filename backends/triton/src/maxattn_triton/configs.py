@@ -25,32 +25,36 @@ class Key(NamedTuple):
 class Launch(NamedTuple):
     """How a kernel is cut and run.
 
-    A program owns a tile of `block_m` queries (or keys) and takes the others in parts of `block_n`; `hold_bias` keeps
-    the tile of the bias in registers while it walks from window to window. Then: warps of a program, stages of the
-    software pipeline, programs per streaming multiprocessor.
+    A program owns a tile of `block_m` queries (or keys) and takes the others in parts of `block_n`. Then: warps of a
+    program, stages of the software pipeline, programs per streaming multiprocessor, and how many windows a program of
+    `tiles` takes side by side, sharing the tiles of the bias that it loads.
     """
 
     block_m: int
     block_n: int
-    hold_bias: bool
     warps: int
     stages: int
     programs: int
+    sharing: int = 1
 
 
 MEASURED = {
     "rows.forward": {
-        64: Launch(64, 64, True, 4, 3, 3),
-        160: Launch(32, 64, True, 2, 3, 4),
-        256: Launch(64, 128, True, 4, 3, 2),
+        64: Launch(64, 64, 4, 3, 3),
+        160: Launch(32, 64, 2, 3, 4),
+        256: Launch(64, 128, 4, 3, 2),
     },
-    "whole.backward": {64: Launch(64, 64, True, 4, 3, 2)},
-    "rows.backward": {200: Launch(64, 32, True, 4, 3, 2), 256: Launch(64, 32, True, 4, 2, 2)},
+    "tiles.forward": {4096: Launch(64, 64, 4, 3, 2, sharing=2)},
+    "whole.backward": {64: Launch(64, 64, 4, 3, 2)},
+    "rows.backward": {200: Launch(64, 32, 4, 3, 2), 256: Launch(64, 32, 4, 2, 2)},
     "columns.backward": {
-        160: Launch(64, 64, True, 4, 3, 2),
-        200: Launch(64, 32, True, 4, 3, 2),
-        256: Launch(64, 32, True, 4, 2, 2),
+        160: Launch(64, 64, 4, 3, 2),
+        200: Launch(64, 32, 4, 3, 2),
+        256: Launch(64, 32, 4, 2, 2),
     },
+    "tiles.backward_queries": {4096: Launch(64, 64, 4, 3, 2, sharing=2)},
+    "tiles.backward_keys": {4096: Launch(64, 64, 4, 3, 2)},
+    "tiles.backward_bias": {4096: Launch(64, 64, 4, 3, 3)},
 }
 """By kernel and largest number of tokens, for 16-bit dtypes and head dims up to 32."""
 
@@ -60,6 +64,9 @@ BACKWARD = {
     "tiles": ["tiles.backward_queries", "tiles.backward_keys", "tiles.backward_bias"],
 }
 """The kernels of each family, in the order in which they run."""
+
+SHARING = ("tiles.forward", "tiles.backward_queries")
+"""The kernels that may take windows side by side."""
 
 _forced: dict[str, Launch] = {}
 
@@ -109,14 +116,12 @@ def _by_default(key: Key) -> Launch:
     if head_dim <= 32 and itemsize == 2 and kernel in MEASURED:
         return next(launch for largest, launch in MEASURED[kernel].items() if tokens <= largest)
     if kernel == "rows.forward":
-        return Launch(64, 64, True, 4, 2, 2)
+        return Launch(64, 64, 4, 2, 2)
     if kernel == "whole.backward":
-        return Launch(64, 64, True, 8, 2, 2)
+        return Launch(64, 64, 8, 2, 2)
     if itemsize == 4:
-        return Launch(32, 32, False, 4, 1, 4)
-    if head_dim <= 32:
-        return Launch(64, 64, False, 4, 3, 4)
-    return Launch(64, 32, False, 8, 2, 2) if head_dim > 64 else Launch(64, 64, False, 4, 2, 2)
+        return Launch(32, 32, 4, 1, 4)
+    return Launch(64, 32, 8, 2, 2) if head_dim > 64 else Launch(64, 64, 4, 2, 2)
 
 
 def block_of(size: int) -> int:

@@ -72,10 +72,12 @@ def forward(
     else:
         launch = configs.launch(configs.Key("tiles.forward", *size))
         owned, _, cut = tile_by(launch, P_h * P_w)
-        programs = count_walkers(qkv, P_h, P_w, owned, launch) * owned * heads
+        share = sharing(qkv, P_h, P_w, owned, launch)
+        programs = count_walkers(qkv, P_h, P_w, owned, launch, share) * owned * heads
         kernel(tiles.forward)[(programs,)](
-            qkv, prepared(bias, qkv), out, z, r, *numbers, **constants, **cut, SAVE_LSE=save_lse, **how(launch)
-        )
+            qkv, prepared(bias, qkv), out, z, r, *numbers, **constants, **cut,
+            SAVE_LSE=save_lse, SHARING=share, **how(launch),
+        )  # fmt: skip
     return out, lse
 
 
@@ -141,8 +143,9 @@ def backward(
         delta = torch.empty_like(lse)
         launch = configs.launch(configs.Key("tiles.backward_queries", *size))
         owned, _, cut = tile_by(launch, tokens)
-        kernel(tiles.backward_queries)[(count_walkers(qkv, P_h, P_w, owned, launch) * owned * heads,)](
-            qkv, b, out, lse, r, grad_out, dqkv, delta, *numbers, **constants, **cut, **how(launch)
+        share = sharing(qkv, P_h, P_w, owned, launch)
+        kernel(tiles.backward_queries)[(count_walkers(qkv, P_h, P_w, owned, launch, share) * owned * heads,)](
+            qkv, b, out, lse, r, grad_out, dqkv, delta, *numbers, **constants, **cut, SHARING=share, **how(launch)
         )
         launch = configs.launch(configs.Key("tiles.backward_keys", *size))
         _, owned, cut = tile_by(launch, tokens)
@@ -272,13 +275,24 @@ def geometry(
 
 def count_windows(qkv: Tensor, P_h: int, P_w: int) -> int:
     """G, the windows of all images."""
-    B, H, W = qkv.shape[:3]
-    return B * ((H + P_h - 1) // P_h) * ((W + P_w - 1) // P_w)
+    return qkv.shape[0] * windows_of_an_image(qkv, P_h, P_w)
 
 
-def count_walkers(qkv: Tensor, P_h: int, P_w: int, tiles: int, launch: configs.Launch) -> int:
+def windows_of_an_image(qkv: Tensor, P_h: int, P_w: int) -> int:
+    """The windows of one image."""
+    H, W = qkv.shape[1:3]
+    return ((H + P_h - 1) // P_h) * ((W + P_w - 1) // P_w)
+
+
+def sharing(qkv: Tensor, P_h: int, P_w: int, tiles: int, launch: configs.Launch) -> int:
+    """How many windows run side by side in a program of `tiles`: one, if an image has too few to fill the device."""
+    programs = windows_of_an_image(qkv, P_h, P_w) * tiles * qkv.shape[4]
+    return launch.sharing if programs >= processors(qkv.device) * launch.sharing else 1
+
+
+def count_walkers(qkv: Tensor, P_h: int, P_w: int, tiles: int, launch: configs.Launch, sharing: int = 1) -> int:
     """How many programs share the windows, for each head and tile: all walk equally many windows, or one less."""
-    windows = count_windows(qkv, P_h, P_w)
+    windows = (count_windows(qkv, P_h, P_w) + sharing - 1) // sharing
     most = max(1, processors(qkv.device) * launch.programs // (tiles * qkv.shape[4]))
     rounds = (windows + most - 1) // most
     return (windows + rounds - 1) // rounds
@@ -289,7 +303,7 @@ def cut_by(launch: configs.Launch, tokens: int) -> tuple[int, dict[str, Any]]:
     largest = configs.block_of(tokens)
     block_m, block_n = min(launch.block_m, largest), min(launch.block_n, largest)
     rest = configs.block_of(tokens % block_n) % block_n if tokens % block_n else 0
-    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "REST": rest, "HOLD_BIAS": launch.hold_bias}
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "REST": rest}
     return triton.cdiv(tokens, block_m), sizes
 
 

@@ -74,9 +74,12 @@ def candidates(key: Key) -> list[Launch]:
     blocks = [block for block in (16, 32, 64, 128) if block <= max(largest, 16)]
     pairs = [(largest, largest)] if key.kernel == "whole.backward" else list(product(blocks, blocks))
     fits = [pair for pair in pairs if pair[0] * pair[1] * max(key.head_dim, 32) <= 64 * 128 * 64 or len(pairs) == 1]
+    side_by_side = (1, 2) if key.kernel in configs.SHARING else (1,)
     found = [
-        Launch(block_m, block_n, known.hold_bias, warps, stages, programs)
-        for (block_m, block_n), warps, stages, programs in product(fits, (2, 4, 8), (2, 3), (2, 4))
+        Launch(block_m, block_n, warps, stages, programs, sharing)
+        for (block_m, block_n), warps, stages, programs, sharing in product(
+            fits, (2, 4, 8), (2, 3), (2, 4), side_by_side
+        )
     ]
     return list(dict.fromkeys([known, *found]))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+from ctypes import CDLL
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from maxattn.ops.contract import Reason
@@ -20,25 +24,51 @@ INSTALL = "pip install 'xformers>=0.0.35'"
 
 
 class Installed(NamedTuple):
-    """What is installed: the version of xFormers ("" if it is not known, None if it is not there), and the rest."""
+    """What is installed: the version of xFormers ("" if it is not known, None if it is not there), and the rest.
+
+    `lacks` is the library of another CUDA that xFormers was built for, if that is not here.
+    """
 
     xformers: str | None
     needs_mslk: bool
     mslk: bool
+    lacks: str | None = None
 
 
 @cache
 def installed() -> Installed:
     """What of xFormers and mslk is installed; imports neither."""
     mslk = find_spec("mslk") is not None
-    if find_spec("xformers") is None:
+    found = find_spec("xformers")
+    if found is None:
         return Installed(None, False, mslk)
+    lacks = missing_cuda(Path(found.origin or ""), torch.version.cuda)
     try:
-        found = distribution("xformers")
+        known = distribution("xformers")
     except PackageNotFoundError:
-        return Installed("", False, mslk)
-    needs = any(re.match(r"mslk\b", required) for required in found.requires or ())
-    return Installed(found.version, needs, mslk)
+        return Installed("", False, mslk, lacks)
+    needs = any(re.match(r"mslk\b", required) for required in known.requires or ())
+    return Installed(known.version, needs, mslk, lacks)
+
+
+def missing_cuda(package: Path, cuda: str | None) -> str | None:
+    """The runtime of CUDA that the binary part of xFormers needs, if PyTorch's is another and it is not here.
+
+    `package` is the package's `__init__.py`; beside it xFormers says what it was built for. It refuses all work where
+    its binary part does not load.
+    """
+    try:
+        built_for = json.loads((package.parent / "cpp_lib.json").read_text())["version"]["cuda"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(built_for, int) or cuda is None or built_for // 100 == int(cuda.split(".")[0]):
+        return None
+    name = f"libcudart.so.{built_for // 100}"
+    try:
+        CDLL(name)
+    except OSError:
+        return name
+    return None
 
 
 def missing(there: Installed) -> Reason | None:
@@ -54,6 +84,9 @@ def missing(there: Installed) -> Reason | None:
     if known and tuple(map(int, known.groups())) < OLDEST:
         told = f"xformers {there.xformers} is too old for this PyTorch"
         return Reason("version", told, f"from {'.'.join(map(str, OLDEST))}")
+    if there.lacks is not None:
+        told = f"xformers {there.xformers} was built for another CUDA, and {there.lacks} is not here"
+        return Reason("version", told, "an xformers that was built for the CUDA of this PyTorch")
     return None
 
 

@@ -31,7 +31,7 @@ def backward(
     GRID: tl.constexpr, P_H: tl.constexpr, P_W: tl.constexpr, D: tl.constexpr,
     HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr,
-    HOLD_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. All tiles are transposed, (keys, queries), so that the weights are at hand as the left factor."""
     N: tl.constexpr = P_H * P_W
@@ -50,7 +50,7 @@ def backward(
     at_key = channels(y_key, x_key, stride_h, stride_w, BLOCK_D) + head.to(tl.int64) * stride_head
     at_grad = channels(y_key, x_key, 3 * W * heads * D, 3 * heads * D, BLOCK_D) + head * D
     biases = ()
-    if HAS_BIAS and HOLD_BIAS:
+    if HAS_BIAS:
         for part in tl.static_range(PARTS):
             query = part * BLOCK_N + tl.arange(0, BLOCK_N if part < FULL else REST)
             biases = biases + (tl.trans(bias_tile(bias, head, query, key, N)),)
@@ -84,7 +84,7 @@ def backward(
 
             s = dot(k, tl.trans(q), PRECISION=PRECISION) * (scale * LOG2_E)  # (BLOCK_M, queries)
             if HAS_BIAS:
-                s += biases[part] if HOLD_BIAS else tl.trans(bias_tile(bias, head, query, key, N))
+                s += biases[part]
             if RAGGED or not HAS_BIAS:
                 s = tl.where(exists_key[:, None], s, -float("inf"))
             p = tl.exp2(s - z[None, :])

@@ -53,7 +53,7 @@ def forward(
     GRID: tl.constexpr, P_H: tl.constexpr, P_W: tl.constexpr, D: tl.constexpr,
     HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, SAVE_LSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr,
-    HOLD_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale q k^T + bias) v of every window, and the base-2 log-sum-exp of each query's logits."""
     N: tl.constexpr = P_H * P_W
@@ -72,7 +72,7 @@ def forward(
     at = channels(y, x, stride_h, stride_w, BLOCK_D) + head.to(tl.int64) * stride_head
     at_out = channels(y, x, W * heads * D, heads * D, BLOCK_D) + head * D
     biases = ()
-    if HAS_BIAS and HOLD_BIAS:
+    if HAS_BIAS:
         for part in tl.static_range(PARTS):
             key = part * BLOCK_N + tl.arange(0, BLOCK_N if part < FULL else REST)
             biases = biases + (bias_tile(bias, head, query, key, N),)
@@ -96,7 +96,7 @@ def forward(
             )  # fmt: skip
             s = dot(q, tl.trans(k), PRECISION=PRECISION) * (scale * LOG2_E)  # (BLOCK_M, keys)
             if HAS_BIAS:
-                s += biases[part] if HOLD_BIAS else bias_tile(bias, head, query, key, N)
+                s += biases[part]
             if RAGGED or not HAS_BIAS:
                 s = tl.where(exists_key[None, :], s, -float("inf"))
             if part == 0:
@@ -132,7 +132,7 @@ def backward(
     GRID: tl.constexpr, P_H: tl.constexpr, P_W: tl.constexpr, D: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_GRADIENT: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr,
-    HOLD_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, delta (each query's dot product of the output with its gradient), and a share of the bias gradient."""
     N: tl.constexpr = P_H * P_W
@@ -155,7 +155,7 @@ def backward(
     shares = ()
     for part in tl.static_range(PARTS):
         key = part * BLOCK_N + tl.arange(0, BLOCK_N if part < FULL else REST)
-        if HAS_BIAS and HOLD_BIAS:
+        if HAS_BIAS:
             biases = biases + (bias_tile(bias, head, query, key, N),)
         if BIAS_GRADIENT:
             shares = shares + (tl.zeros((BLOCK_M, BLOCK_N if part < FULL else REST), tl.float32),)
@@ -185,7 +185,7 @@ def backward(
             )  # fmt: skip
             s = dot(q, tl.trans(k), PRECISION=PRECISION) * (scale * LOG2_E)  # (BLOCK_M, keys)
             if HAS_BIAS:
-                s += biases[part] if HOLD_BIAS else bias_tile(bias, head, query, key, N)
+                s += biases[part]
             if RAGGED or not HAS_BIAS:
                 s = tl.where(exists_key[None, :], s, -float("inf"))
             p = tl.exp2(s - z[:, None])
