@@ -104,12 +104,18 @@ def cat(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def fused(
-    qkv: Tensor, bias: Tensor | None, attend: Callable[[Tensor, Tensor | None], Tensor], *, compiling: bool = False
+    qkv: Tensor,
+    bias: Tensor | None,
+    attend: Callable[[Tensor, Tensor | None], Tensor],
+    *,
+    compiling: bool = False,
+    largest_batch: int = LARGEST_BATCH,
 ) -> Tensor:
     """What `attend` gives for windows `(windows, tokens, 3, heads, head_dim)`, called as CUDA's fused kernels need it.
 
     On at most 65,535 windows at a time, and not at all where there are none; on tensors, and with a gradient, that
     start and step by multiples of 16 bytes. Not so while a compiler traces it, which lays out its own tensors.
+    For kernels that find the windows themselves, images `(B, H, W, 3, heads, head_dim)` may take the windows' place.
 
     Example:
         >>> values = fused(torch.arange(6.0).view(2, 1, 3, 1, 1), None, lambda qkv, bias: qkv[:, :, 2])
@@ -117,9 +123,9 @@ def fused(
         [2.0, 5.0]
     """
     if qkv.shape[0] == 0:
-        nothing = qkv[:, :, 2]
+        nothing = qkv.select(-3, 2)
         return nothing if bias is None else nothing + bias.sum().to(nothing.dtype)
-    parts = [qkv] if qkv.shape[0] <= LARGEST_BATCH else list(qkv.split(LARGEST_BATCH))
+    parts = [qkv] if qkv.shape[0] <= largest_batch else list(qkv.split(largest_batch))
     outs = [attend(part if compiling else aligned(part), bias) for part in parts]
     for out in outs:
         if out.requires_grad and not compiling:
@@ -142,7 +148,7 @@ def aligned(x: Tensor) -> Tensor:
 def positive_scale(qkv: Tensor, scale: float) -> tuple[Tensor, float]:
     """The same logits from a scale above 0, for kernels that go wrong with others: its sign, or the 0, moves into q.
 
-    `qkv` is `(windows, tokens, 3, heads, head_dim)`. Exact.
+    `qkv` is `(..., 3, heads, head_dim)`. Exact.
 
     Example:
         >>> qkv, scale = positive_scale(torch.ones(1, 1, 3, 1, 1), -0.5)
@@ -151,8 +157,8 @@ def positive_scale(qkv: Tensor, scale: float) -> tuple[Tensor, float]:
     """
     if scale > 0:
         return qkv, scale
-    q, rest = qkv[:, :, :1], qkv[:, :, 1:]
-    return torch.cat([-q if scale < 0 else q * 0, rest], 2), -scale if scale < 0 else 1.0
+    q, rest = qkv.split([1, 2], -3)
+    return torch.cat([-q if scale < 0 else q * 0, rest], -3), -scale if scale < 0 else 1.0
 
 
 def _split(x: Tensor, dim: int, span: Span, window: int, axis: Axis) -> Tensor:

@@ -133,10 +133,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--backends", default="copy,triton,sdpa,naive+compile,flex")
+    parser.add_argument("--only", type=int, nargs="*", default=range(len(SHAPES)), help="which of the shapes, from 0")
     arguments = parser.parse_args()
     bandwidth = copy_bandwidth()
     rows = []
-    for shape in SHAPES:
+    for shape in (SHAPES[i] for i in arguments.only):
         floor = shape[0] * shape[1] ** 2 * shape[2] * 2 * 4 / bandwidth
         for axis in get_args(Axis):
             for backend in arguments.backends.split(","):

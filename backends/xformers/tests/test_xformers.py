@@ -204,7 +204,7 @@ def test_what_is_installed_is_told_without_an_import(tmp_path: Path, requires: s
     metadata.mkdir()
     text = f"Metadata-Version: 2.1\nName: xformers\nVersion: 0.0.36\nRequires-Dist: {requires}\n"
     (metadata / "METADATA").write_text(text)
-    program = "import maxattn_xformers.library as library; print(*library.installed())"
+    program = "import maxattn_xformers.library as library; print(*library.installed()[:3])"
     assert python(tmp_path, arguments=("-c", program)) == f"0.0.36 {needs} True\n"
 
 
