@@ -13,6 +13,7 @@ from maxattn.ops.dispatch import BackendUnavailableError, list_backends, use_bac
 from maxattn.ops.max_sa import explain, max_sa
 
 if TYPE_CHECKING:
+    from maxattn.inference import optimize_for_inference
     from maxattn.presets import list_presets, load_spec
     from maxattn.spec import MaxViTSpec
     from maxattn.weights import load_weights, open_model, save_weights
@@ -32,6 +33,7 @@ __all__ = [
     "load_weights",
     "max_sa",
     "open_model",
+    "optimize_for_inference",
     "save_weights",
     "use_backend",
 ]
@@ -42,6 +44,7 @@ _AT_FIRST_USE = {
     "MaxViTSpec": "maxattn.spec",
     "load_weights": "maxattn.weights",
     "open_model": "maxattn.weights",
+    "optimize_for_inference": "maxattn.inference",
     "save_weights": "maxattn.weights",
 }
 

@@ -32,7 +32,7 @@ class Conv2d(nn.Conv2d):
         if not self.pads_by_size:
             return super().forward(x)
         kernel, stride = self.kernel_size[0], self.stride[0]
-        (top, bottom), (left, right) = (_same_padding(size, kernel, stride) for size in x.shape[2:])
+        (top, bottom), (left, right) = (same_padding(size, kernel, stride) for size in x.shape[2:])
         x = F.pad(x, (left, right, top, bottom))
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
@@ -140,7 +140,7 @@ class MBConv(nn.Module):
         return self.shortcut(x).permute(0, 2, 3, 1) + self.update(y.permute(0, 2, 3, 1))
 
 
-def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """TensorFlow's SAME: as much as `ceil(size / stride)` windows need, the odd pixel at the end."""
     missing = (-(-size // stride) - 1) * stride + kernel - size
     return max(missing, 0) // 2, max(missing, 0) - max(missing, 0) // 2

@@ -57,7 +57,11 @@ class Failing(Exception):  # noqa: N818 - it is no error of the program
 
 @dataclass
 class Subject:
-    """A backend on a device. `facts` are its capabilities, cut to the dtypes under test; `done` counts the cases."""
+    """A backend on a device. `done` counts the cases.
+
+    `facts` are its capabilities, cut to the dtypes under test; and without gradients, where it serves several devices
+    and declines them on this one.
+    """
 
     backend: Backend
     device: str
@@ -70,7 +74,15 @@ class Subject:
     @cached_property
     def facts(self) -> Capabilities:
         declared = self.backend.capabilities
-        return replace(declared, dtypes=declared.dtypes & set(self.dtypes)) if self.dtypes else declared
+        if self.dtypes:
+            declared = replace(declared, dtypes=declared.dtypes & set(self.dtypes))
+        if declared.backward and declared.devices != frozenset({self.device}):
+            inference = replace(self)
+            inference.facts = replace(declared, backward=False, bias_gradient=False)
+            reasons = self.backend.unsupported(replace(inference.base, requires_grad=True))
+            if [reason.code for reason in reasons] == ["backward"]:
+                return inference.facts
+        return declared
 
     @cached_property
     def base(self) -> Problem:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 SPEC, VERSION, EXTRA = "maxattn.spec", "maxattn.version", "maxattn.extra"  # in the metadata of our own files
+OPTIMIZED = "maxattn.optimized"  # there too, if the weights are those of a network made for inference
 SAFE = "a .safetensors file or a state dict saved by torch.save"
 # Where training scripts put the weights in a checkpoint; averaged weights first, as timm takes them.
 ENTRIES = ("model_ema", "state_dict_ema", "ema", "state_dict", "model_state_dict", "model", "net", "module", "weights")

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maxattn.inference.network import PLAIN, InferenceMaxViT
 from maxattn.nn import MaxAttention, MaxViT
 from maxattn.ops import rel_pos
-from maxattn.weights.files import SPEC, Weights, read_weights
+from maxattn.weights.files import OPTIMIZED, SPEC, Weights, read_weights
 from maxattn.weights.keymap import KeyMap, Source, State
 from maxattn.weights.report import LoadReport, listed
 from maxattn.weights.tensorflow import TENSORFLOW
@@ -44,7 +45,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], *, st
     Raises:
         ValueError: for weights that do not fit, or a file that holds none or is refused; the model is then unchanged.
         OSError: for a file that cannot be read.
-        TypeError: for a model or a source of another type.
+        TypeError: for a model or a source of another type, or a model made for inference.
 
     Example:
         >>> import maxattn
@@ -53,7 +54,13 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], *, st
         >>> report.naming, set(report.resized.values())
         ('maxattn', {((4, 4), (8, 8))})
     """
-    return fit(unwrap(model), read_weights(source), strict)
+    network = unwrap(model)
+    if isinstance(network, InferenceMaxViT):
+        raise TypeError(f"the weights of a network made for inference are folded: {PLAIN}")
+    weights = read_weights(source)
+    if OPTIMIZED in weights.metadata:
+        raise ValueError(f"{weights.source} holds a network made for inference, its weights folded: maxattn.open_model")
+    return fit(network, weights, strict)
 
 
 def fit(model: MaxViT, weights: Weights, strict: bool = True) -> LoadReport:

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from maxattn.build import build
+from maxattn.inference import InferenceMaxViT
 from maxattn.nn import MaxViT
 from maxattn.spec import MaxViTSpec
-from maxattn.weights.files import EXTRA, SPEC, VERSION, Weights, read_weights, replacing
+from maxattn.weights.files import EXTRA, OPTIMIZED, SPEC, VERSION, Weights, read_weights, replacing
 from maxattn.weights.load import fit, unwrap
 
 
@@ -22,7 +24,8 @@ def save_weights(model: nn.Module, path: str | Path, extra: Mapping[str, Any] | 
     The file appears whole or not at all; what was there is replaced.
 
     Args:
-        model: also compiled, or wrapped for data parallelism; of any dtype, on any device with memory.
+        model: also compiled, or wrapped for data parallelism; of any dtype, on any device with memory. One made by
+            `maxattn.optimize_for_inference` is saved as it is, and opens as such.
         path: a name that ends in `.safetensors`, in a folder that exists.
         extra: what else `open_model` shall return, as JSON can hold it: names of classes, preprocessing.
 
@@ -52,6 +55,8 @@ def save_weights(model: nn.Module, path: str | Path, extra: Mapping[str, Any] | 
     if any(tensor.is_meta for tensor in state.values()):
         raise ValueError("the model is on the meta device: it has no weights to save")
     metadata = {SPEC: network.spec.to_json(), VERSION: __version__}
+    if isinstance(network, InferenceMaxViT):
+        metadata[OPTIMIZED] = "true"
     if extra is not None:
         try:
             metadata[EXTRA] = json.dumps(dict(extra))
@@ -66,7 +71,7 @@ def open_model(path: str | Path, **overrides: Any) -> tuple[MaxViT, dict[str, An
     """The model in a file of `save_weights`, in eval mode and in the dtypes it had, and the `extra` saved with it.
 
     `overrides` are spec fields, as for `maxattn.build`. Tables of relative positions are resized for another window;
-    for another `num_classes` the classifier is a fresh one.
+    for another `num_classes` the classifier is a fresh one. A file of a network made for inference takes none.
 
     Raises:
         ValueError: for a file of another kind, or overrides with which its weights do not fit.
@@ -82,6 +87,8 @@ def open_model(path: str | Path, **overrides: Any) -> tuple[MaxViT, dict[str, An
             f"then maxattn.load_weights(model, {str(path)!r})"
         )
     spec = MaxViTSpec.parse(weights.metadata[SPEC], f"the spec in {path}, of maxattn {weights.metadata.get(VERSION)},")
+    if OPTIMIZED in weights.metadata:
+        return _open_optimized(spec, weights, overrides), json.loads(weights.metadata.get(EXTRA, "{}"))
     num_classes = overrides.pop("num_classes", spec.num_classes)
     model = build(spec, **overrides)
     _take_dtypes(model, weights)
@@ -89,6 +96,21 @@ def open_model(path: str | Path, **overrides: Any) -> tuple[MaxViT, dict[str, An
     if num_classes != spec.num_classes:
         model.reset_classifier(num_classes)
     return model.eval(), json.loads(weights.metadata.get(EXTRA, "{}"))
+
+
+def _open_optimized(spec: MaxViTSpec, weights: Weights, overrides: dict[str, Any]) -> MaxViT:
+    if overrides:
+        raise ValueError(
+            f"{weights.source} holds a network made for inference, which takes no overrides, not "
+            f"{', '.join(overrides)}: open the plain model's file with them, then maxattn.optimize_for_inference(model)"
+        )
+    with torch.device("meta"):
+        model = InferenceMaxViT(build(spec))
+    try:
+        model.load_state_dict(weights.tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{weights.source} does not hold what its spec says: {error}") from error
+    return model
 
 
 def _take_dtypes(model: MaxViT, weights: Weights) -> None:

@@ -67,6 +67,18 @@ class Declining(Naive):
         return [Reason(self.name, f"it serves {self.name} alone", "another problem")] if self._declines(problem) else ()
 
 
+class GradientsElsewhere(Naive):
+    """`naive` with gradients on GPUs alone."""
+
+    name = "gradients_elsewhere"
+    capabilities = Capabilities(**{**EAGER, "devices": frozenset({"cpu", "cuda"})})
+
+    def unsupported(self, problem: Problem) -> Sequence[Reason]:
+        if problem.device == "cuda" or not problem.differentiated:
+            return ()
+        return [Reason("backward", f"no gradients on {problem.device}", "cuda")]
+
+
 class OneDtype(Naive):
     """`naive` for a bias of the same dtype as qkv."""
 
@@ -113,6 +125,7 @@ LIMITED: list[Backend] = [
     Declining("sides_by_eight", lambda problem: (problem.width or 8) % 8 > 0 or (problem.height or 8) % 8 > 0),
     Declining("windows_of_up_to_15_tokens", lambda problem: problem.tokens > 15),
     Declining("square_windows", lambda problem: problem.window[0] != problem.window[1]),
+    GradientsElsewhere(),
     OneDtype(),
     SmallProblems(),
     Limited("without_bias", bias=False, bias_gradient=False),

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_python import announce, python
 from torch import Tensor
 
 import maxattn
@@ -207,15 +205,6 @@ def test_each_generation_is_called_by_its_own_signature(
     torch.testing.assert_close(out, maxattn.max_sa(qkv, "grid", (4, 3), bias, backend="naive"))
 
 
-def python(*paths: Path, arguments: tuple[str, ...]) -> str:
-    """The output of a new Python with `paths` in front of its path."""
-    path = os.pathsep.join(filter(None, [*map(str, paths), *sys.path]))
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_what_is_installed_is_told_without_an_import(tmp_path: Path) -> None:
     for file in ("flash_attn/__init__.py", "flash_attn/cute/__init__.py", "flash_attn_2_cuda.py"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -228,12 +217,7 @@ def test_what_is_installed_is_told_without_an_import(tmp_path: Path) -> None:
 
 
 def test_an_installed_plugin_without_flash_attn_says_so(tmp_path: Path) -> None:
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    metadata = tmp_path / "maxattn_flash_attn-0.1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1.0\n")
-    points = "\n".join(f"{name} = {value}" for name, value in project["entry-points"]["maxattn"].items())
-    (metadata / "entry_points.txt").write_text(f"[maxattn]\n{points}\n")
+    announce(PROJECT, tmp_path)
     asked = ("--device", "cuda", "--compute-capability", "9.0", "--dtype", "bf16", "--json")
     answer = json.loads(python(PROJECT / "src", tmp_path, arguments=("-m", "maxattn", "explain", *asked)))
     assert answer["backend"] == "sdpa"

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -15,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_python import announce, python
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -289,15 +286,6 @@ def test_it_is_chosen_before_sdpa_where_it_was_measured_to_be_faster(changes: di
     assert (Flex().relative_speed(problem) > 1) == before
 
 
-def python(*paths: Path, arguments: tuple[str, ...]) -> str:
-    """The output of a new Python with `paths` in front of its path."""
-    path = os.pathsep.join(filter(None, [*map(str, paths), *sys.path]))
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_the_library_is_imported_at_first_use() -> None:
     program = """
 import sys
@@ -312,12 +300,7 @@ print([name for name in ("torch.nn.attention.flex_attention", "torch._dynamo", "
 
 
 def test_an_installed_plugin_is_found_and_answers(tmp_path: Path) -> None:
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    metadata = tmp_path / "maxattn_flex-0.1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1.0\n")
-    points = "\n".join(f"{name} = {value}" for name, value in project["entry-points"]["maxattn"].items())
-    (metadata / "entry_points.txt").write_text(f"[maxattn]\n{points}\n")
+    announce(PROJECT, tmp_path)
     asked = ("--device", "cuda", "--compute-capability", "7.5", "--dtype", "bf16", "--json")
     answer = json.loads(python(PROJECT / "src", tmp_path, arguments=("-m", "maxattn", "explain", *asked)))
     assert answer["backend"] == "sdpa"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_python import announce, python
 from torch import Tensor
 
 import maxattn
@@ -186,15 +184,6 @@ def test_it_is_not_chosen_before_sdpa_while_nobody_has_measured_it(monkeypatch: 
     assert maxattn.explain(HOPPER).backend == "sdpa"
 
 
-def python(*paths: Path, arguments: tuple[str, ...]) -> str:
-    """The output of a new Python with `paths` in front of its path."""
-    path = os.pathsep.join(filter(None, [*map(str, paths), *sys.path]))
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize(("requires", "needs"), [("numpy", False), ("mslk", True), ("mslk>=1.1.1", True)])
 def test_what_is_installed_is_told_without_an_import(tmp_path: Path, requires: str, needs: bool) -> None:
     for package in ("xformers", "mslk"):
@@ -209,12 +198,7 @@ def test_what_is_installed_is_told_without_an_import(tmp_path: Path, requires: s
 
 
 def test_an_installed_plugin_without_xformers_says_so(tmp_path: Path) -> None:
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    metadata = tmp_path / "maxattn_xformers-0.1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1.0\n")
-    points = "\n".join(f"{name} = {value}" for name, value in project["entry-points"]["maxattn"].items())
-    (metadata / "entry_points.txt").write_text(f"[maxattn]\n{points}\n")
+    announce(PROJECT, tmp_path)
     asked = ("--device", "cuda", "--compute-capability", "9.0", "--dtype", "bf16", "--json")
     answer = json.loads(python(PROJECT / "src", tmp_path, arguments=("-m", "maxattn", "explain", *asked)))
     assert answer["backend"] == "sdpa"

@@ -21,7 +21,7 @@ from maxattn.testing.observe import verify
 from maxattn.testing.registry import check, declared
 from maxattn.testing.subject import NO_GRADIENT, Subject
 
-PYTORCHS_OWN = frozenset({"aten", "prim", "prims", "profiler", "inductor", "rngprims", "debugprims"})
+PYTORCHS_OWN = frozenset({"aten", "prim", "prims", "profiler", "inductor", "rngprims", "debugprims", "higher_order"})
 
 
 @check(
@@ -120,6 +120,13 @@ def _custom_calls(subject: Subject, case: Case) -> list[_Call]:
         return x.detach().clone().requires_grad_(x.requires_grad and torch.is_grad_enabled())
 
     class Recorder(TorchDispatchMode):
+        supports_higher_order_operators = True
+
+        @classmethod
+        def is_infra_mode(cls) -> bool:
+            """So that a backend that compiles a kernel of its own may do so while this looks on."""
+            return True
+
         def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if operator.namespace not in PYTORCHS_OWN:
                 calls.append((operator, *tree_map_only(Tensor, fresh, (args, kwargs or {}))))

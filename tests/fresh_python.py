@@ -1,0 +1,28 @@
+"""A new Python with plugins as their users get them: found by their entry points."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+
+def python(*paths: Path, arguments: tuple[str, ...]) -> str:
+    """The output of a new Python with `paths` in front of its path."""
+    path = os.pathsep.join(filter(None, [*map(str, paths), *sys.path]))
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def announce(project: Path, site: Path) -> None:
+    """Write into `site` what installing the plugin in the folder `project` would say of it."""
+    told = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    metadata = site / f"{told['name'].replace('-', '_')}-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {told['name']}\nVersion: 0.1.0\n")
+    points = "\n".join(f"{name} = {value}" for name, value in told["entry-points"]["maxattn"].items())
+    (metadata / "entry_points.txt").write_text(f"[maxattn]\n{points}\n")
