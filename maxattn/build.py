@@ -87,7 +87,7 @@ def _stage(stage: StageSpec, in_width: int, rates: list[float], backend: str | N
             else:
                 layers.append(_layer(layer, width, width, 1, rate, backend))
         blocks.append(Block(layers, downsample))
-    return Stage(blocks)
+    return Stage(blocks, stage.grad_checkpointing)
 
 
 def _layer(

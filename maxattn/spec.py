@@ -110,6 +110,7 @@ class StageSpec(LayerSettings):
     width: PositiveInt = Field(description="Channels.")
     depth: PositiveInt = Field(description="Blocks.")
     stride: Literal[1, 2] = Field(2, description="Of the first block.")
+    grad_checkpointing: bool = Field(False, description="In training keep each block's input, and compute it again.")
     layers: Annotated[tuple[Layer, ...], AfterValidator(not_empty)] = Field(
         DEFAULT_LAYERS, description="The layers of each block."
     )
@@ -179,6 +180,7 @@ class MaxViTSpec(LayerSettings):
     stages: Annotated[tuple[StageSpec, ...], AfterValidator(not_empty)] = Field(description="From the image on.")
     head: HeadSpec = MLPHeadSpec()
     drop_path_rate: Rate = Field(0.0, description="Stochastic depth of the last block; it grows linearly from 0.")
+    grad_checkpointing: bool = Field(False, description="Of every stage that does not say otherwise.")
     backend: str | None = Field(None, description="Backend of every Max-SA: a name or a comma list; None: chosen.")
 
     @model_validator(mode="after")
@@ -209,7 +211,8 @@ class MaxViTSpec(LayerSettings):
                 else _settle(layer, stage, self)
                 for layer in stage.layers
             ]
-            settings = {field: _lookup(field, stage, self) for field in LayerSettings.model_fields}
+            fields = [*LayerSettings.model_fields, "grad_checkpointing"]
+            settings = {field: _lookup(field, stage, self) for field in fields}
             stages.append(stage.model_copy(update={**settings, "layers": tuple(layers)}).filled())
         nested = {"stem": self.stem.filled(), "stages": tuple(stages), "head": self.head.filled()}
         return self.model_copy(update={**nested, "img_size": (height, width)}).filled()

@@ -227,6 +227,16 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         assert ours.grad.equal(theirs.grad), name
 
 
+def test_the_spec_says_which_stages_checkpoint() -> None:
+    model = small(grad_checkpointing=True, **{"stages.0.grad_checkpointing": False})
+    assert [stage.checkpointing for stage in model.stages] == [False, True]
+    assert [stage.checkpointing for stage in maxattn.build(model.spec).stages] == [False, True]
+    for enable in (True, False):
+        model.set_grad_checkpointing(enable)
+        assert [stage.checkpointing for stage in model.stages] == [enable] * 2
+        assert [stage.checkpointing for stage in maxattn.build(model.spec).stages] == [enable] * 2
+
+
 def test_gradient_checkpointing_recomputes_with_the_backend_that_was_forced() -> None:
     class Counting(Naive):
         name = "counting"

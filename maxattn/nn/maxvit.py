@@ -48,12 +48,15 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, the first of which changes width and resolution."""
+    """Blocks at one resolution, the first of which changes width and resolution.
 
-    def __init__(self, blocks: Iterable[Block]) -> None:
+    With `checkpointing` training keeps each block's input alone, and computes the rest again in the backward pass.
+    """
+
+    def __init__(self, blocks: Iterable[Block], checkpointing: bool = False) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.checkpointing = False
+        self.checkpointing = checkpointing
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -137,7 +140,11 @@ class MaxViT(nn.Module):
         self.spec = spec
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only each block's input and recompute the rest in the backward pass."""
+        """In training, keep only each block's input and recompute the rest in the backward pass.
+
+        Of every stage; the spec's `grad_checkpointing` says it of each.
+        """
+        self.spec = self.spec.override_everywhere(grad_checkpointing=enable)
         for module in self.modules():
             if isinstance(module, Stage):
                 module.checkpointing = enable
