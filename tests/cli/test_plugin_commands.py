@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def texts(folder: Path) -> dict[str, str]:
     """Every file's text by its path, without what tools leave behind."""
-    left_behind = {"__pycache__", "build", "dist"}
+    left_behind = {"__pycache__", "build", "dist", ".hypothesis", ".pytest_cache"}
     return {
         str(path.relative_to(folder)): path.read_text("utf-8")
         for path in folder.rglob("*")

@@ -19,7 +19,6 @@ SLOW_TO_INTERPRET = frozenset(
         "layouts",
         "bias_sum",
         "values",
-        "anything",
         "independent_calls",
         "own_memory",
         "threads",

@@ -1,53 +1,12 @@
-"""Training by two processes that share the parameters (PyTorch's FSDP): in the interpreter, over gloo."""
+"""The operator under PyTorch's FSDP, in processes of their own."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-
-from maxattn.nn import MaxAttention
-from maxattn.ops.registry import registered
-from maxattn_triton import Triton
-
-WORLD = 2
-DEVICE = "cuda" if torch.cuda.device_count() >= WORLD else "cpu"
-
-
-def layers() -> nn.Sequential:
-    torch.manual_seed(0)
-    block = MaxAttention(32, window=3, head_dim=16, backend="triton")
-    grid = MaxAttention(32, axis="grid", window=3, head_dim=16, backend="triton")
-    return nn.Sequential(block, grid).to(DEVICE)
-
-
-def images(rank: int) -> Tensor:
-    return torch.randn(2, 7, 6, 32, generator=torch.Generator().manual_seed(rank)).to(DEVICE)
-
-
-def train(rank: int, rendezvous: str) -> None:
-    if DEVICE == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", rendezvous, rank=rank, world_size=WORLD)
-    mesh = init_device_mesh(DEVICE, (WORLD,))
-    with registered(Triton()):
-        whole, sharded = layers(), layers()
-        for layer in sharded:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        sharded(images(rank)).square().mean().backward()
-        whole(torch.cat([images(other) for other in range(WORLD)])).square().mean().backward()
-    for shard, parameter in zip(sharded.parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(shard.grad.full_tensor(), parameter.grad)
-    dist.destroy_process_group()
+from fresh_python import python
 
 
 def test_sharded_parameters_get_the_gradients_of_one_process(tmp_path: Path) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.spawn(train, args=(f"file://{tmp_path / 'rendezvous'}",), nprocs=WORLD)
+    script = Path(__file__).with_name("sharded_training.py")
+    python(arguments=(str(script), str(tmp_path / "rendezvous")))
