@@ -1,4 +1,4 @@
-"""A plain network's modules made into those for inference, in place: its code stays, its leaves change."""
+"""A plain network's modules made into those for inference, in place: its leaves first, then the layers of them."""
 
 # mypy: disable-error-code="assignment"
 # Modules take the places of others that are called alike.
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maxattn.inference.blocks import FUSED
 from maxattn.inference.fold import Affine, Weights, split
 from maxattn.inference.layers import FusedConv2d, FusedLinear
 from maxattn.nn import AttentionLayer, Head, MaxViT, MBConv, RelPosLogMLP, RelPosTable, Shortcut, SqueezeExcite, Stem
@@ -51,6 +52,10 @@ def convert(model: MaxViT) -> None:
             module.pre_logits = None if module.pre_logits is None else _linear(module.pre_logits)
             module.drop = nn.Identity()
             module.fc = None if module.fc is None else _linear(module.fc)
+    for module in list(model.modules()):
+        for name, part in list(module.named_children()):
+            if type(part) in FUSED:
+                setattr(module, name, FUSED[type(part)](part))
 
 
 def _stem(stem: Stem) -> None:

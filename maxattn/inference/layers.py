@@ -1,21 +1,24 @@
-"""Convolutions and Linears for inference: with the activation inside, fixed weights, and no copy for the padding."""
+"""Convolutions and Linears for inference: with the activation inside, fixed weights, and no copy for the padding.
+
+On the CPU oneDNN computes them, on a GPU the kernels of `maxattn.inference.gpu`, elsewhere PyTorch's usual functions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maxattn.inference import onednn
+from maxattn.inference import gpu, onednn
 from maxattn.inference.fold import Weights
 from maxattn.nn.conv import Conv2d, same_padding
 
 
 class Fused(nn.Module):
-    """Weights, fixed from now on, and an activation; what oneDNN packs of them is kept beside them.
+    """Weights, fixed from now on, and an activation; other layouts of them, as kernels want it, are kept beside them.
 
     In-place changes of the weights by other ways than `load_state_dict` and `to` go unseen.
     """
@@ -26,6 +29,7 @@ class Fused(nn.Module):
         self.bias = None if weights.bias is None else _fixed(weights.bias)
         self.act = nn.Identity() if act is None else act
         self._post = onednn.post_op(self.act)
+        self._gpu_act = gpu.name_of(self.act) or ""
         self._packed: dict[Any, Tensor] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Fused:
@@ -43,11 +47,21 @@ class Fused(nn.Module):
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, bias={self.bias is not None}"
 
+    def _laid_out(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` makes of the weights, kept; in a compiled graph, part of that."""
+        if torch.compiler.is_compiling():
+            return make()
+        if name not in self._packed:
+            self._packed[name] = make()
+        return self._packed[name]
+
 
 class FusedLinear(Fused):
     """A Linear over the last dimension, and an activation."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._gpu_act and gpu.serves(x, self.weight):
+            return gpu.pointwise(x, self.weight, self.bias, self._gpu_act)
         if self._post is not None and onednn.serves(x, self.weight):
             if () not in self._packed:
                 self._packed[()] = onednn.pack_linear(self.weight)
@@ -60,6 +74,27 @@ class FusedLinear(Fused):
             y = F.linear(x, self.weight, self.bias)
         return self.act(y)
 
+    def after_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """`self(norm(x))`, where the kernels of a GPU serve: few channels are not normed in a pass of their own."""
+        how = gpu.normed_by(norm)
+        if how is None or not self._gpu_act or not gpu.norms_within(x):
+            return self(norm(x))
+        column_sums = self._laid_out("column_sums", lambda: self.weight.float().sum(1))
+        return gpu.normed_pointwise(x, self.weight, self.bias, self._gpu_act, *how, column_sums)
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """`residual + self(x)`, where the kernels of a GPU serve."""
+        if not self._gpu_act:
+            return residual + self(x)
+        return gpu.pointwise(x, self.weight, self.bias, self._gpu_act, residual=residual)
+
+    def added_to_mlp(self, x: Tensor, norm: nn.Module, fc1: FusedLinear) -> Tensor:
+        """`x + self(fc1(norm(x)))`, where the kernels of a GPU serve; this one has no activation."""
+        how = gpu.normed_by(norm)
+        if how is None or not fc1._gpu_act or not gpu.mlp_within(x.shape[-1]):
+            return self.added_to(x, fc1.after_norm(norm, x))
+        return gpu.mlp(x, fc1.weight, fc1.bias, self.weight, self.bias, fc1._gpu_act, *how)
+
 
 class FusedConv2d(Fused):
     """A convolution of channels-last `(B, in, H, W)` and an activation; padded as the one it is made from."""
@@ -69,8 +104,11 @@ class FusedConv2d(Fused):
         self.stride, self.groups = list(conv.stride), conv.groups
         self.padding = [int(side) for side in conv.padding]
         self.pads_by_size = isinstance(conv, Conv2d) and conv.pads_by_size
+        self.gpu_kernel = gpu.kernel_for(self.weight, self.stride, self.groups) if self._gpu_act else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gpu_kernel is not None and gpu.serves(x, self.weight):
+            return self._on_gpu(x).permute(0, 3, 1, 2)
         shifts, padding = self._padding(x)
         if self._post is not None and onednn.serves(x, self.weight):
             if shifts not in self._packed:
@@ -82,12 +120,41 @@ class FusedConv2d(Fused):
         weight = _shifted(self.weight, shifts)
         return self.act(F.conv2d(x, weight, self.bias, self.stride, padding, 1, self.groups))
 
+    def pointwise(self, x_BHWC: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """One of 1x1 on a GPU, from NHWC to NHWC: `residual + self(x * gate)`, with a `gate (B, in)`."""
+        return gpu.pointwise(
+            x_BHWC, self.weight.flatten(1), self.bias, self._gpu_act, gate=gate, residual=residual
+        )  # fmt: skip
+
+    def depthwise(self, x_BHWC: Tensor, *, pooled: bool) -> tuple[Tensor, Tensor | None]:
+        """A depthwise one on a GPU, from NHWC to NHWC; and, if `pooled`, its mean `(B, out)` over pixels."""
+        weight = self._laid_out("channels last", lambda: self.weight[:, 0].permute(1, 2, 0).contiguous())
+        sides = self._sides(*x_BHWC.shape[1:3])
+        return gpu.depthwise(x_BHWC, weight, self.bias, self._gpu_act, self.stride[0], sides, pooled=pooled)
+
+    def _on_gpu(self, x: Tensor) -> Tensor:
+        """The result in NHWC."""
+        if self.gpu_kernel == "pointwise":
+            return self.pointwise(x.permute(0, 2, 3, 1))
+        if self.gpu_kernel == "depthwise":
+            return self.depthwise(x.permute(0, 2, 3, 1), pooled=False)[0]
+        weight = self._laid_out("channels last", lambda: self.weight.permute(0, 2, 3, 1).contiguous())
+        return gpu.convolution(x, weight, self.bias, self._gpu_act, self.stride[0], self._sides(*x.shape[2:]))
+
+    def _sides(self, *size: int) -> list[int]:
+        """The padding at the top, the bottom, the left and the right."""
+        if not self.pads_by_size:
+            return [self.padding[0], self.padding[0], self.padding[1], self.padding[1]]
+        (top, bottom), (left, right) = (
+            same_padding(*side) for side in zip(size, self.weight.shape[2:], self.stride, strict=True)
+        )
+        return [top, bottom, left, right]
+
     def _padding(self, x: Tensor) -> tuple[tuple[int, int], list[int]]:
         """By how much the kernel is shifted, and the padding of either side then."""
         if not self.pads_by_size:
             return (0, 0), self.padding
-        sides = zip(x.shape[2:], self.weight.shape[2:], self.stride, strict=True)
-        (top, bottom), (left, right) = (same_padding(*side) for side in sides)
+        top, bottom, left, right = self._sides(*x.shape[2:])
         return (bottom - top, right - left), [bottom, right]
 
 

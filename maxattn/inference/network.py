@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from maxattn.inference import gpu
 from maxattn.inference.convert import convert
+from maxattn.inference.graphs import Graphs
 from maxattn.inference.layers import Fused
 from maxattn.nn import MaxViT
 
@@ -93,19 +95,36 @@ class InferenceMaxViT(MaxViT):
         if next(self.parameters()).device.type == "cpu":
             for part in (part for part in self.modules() if isinstance(part, DepthFirst)):
                 part.blocks.compile(dynamic=False, mode="max-autotune-no-cudagraphs" if autotune else "default")
+        elif not autotune and gpu.made_for(next(self.parameters())):
+            self._graph = Graphs(super().forward)  # nothing is left to fuse
         else:
-            self._graph = torch.compile(super().forward, mode="max-autotune" if autotune else "reduce-overhead")
+            mode = "max-autotune" if autotune else "reduce-overhead"
+            compiled = torch.compile(super().forward, mode=mode)
+            self._graph = lambda x: compiled(x).clone()  # the next call overwrites what a CUDA graph has written
 
     def forward(self, x: Tensor) -> Tensor:
         if self._graph is None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return super().forward(x)
         with torch.no_grad():
-            return self._graph(x).clone()  # the next call overwrites what a CUDA graph has written
+            return self._graph(x)
 
     def train(self, mode: bool = True) -> InferenceMaxViT:
         if mode:
             raise RuntimeError(f"a network made for inference cannot be trained: {PLAIN}")
         return super().train(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> InferenceMaxViT:
+        self._forget()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _forget(self) -> None:
+        """What is recorded reads the weights where they were."""
+        if isinstance(self._graph, Graphs):
+            self._graph.forget()
 
     def reset_classifier(self, num_classes: int) -> NoReturn:
         raise RuntimeError(f"a network made for inference keeps its classifier: {PLAIN}")

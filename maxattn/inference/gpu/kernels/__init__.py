@@ -1,0 +1,1 @@
+"""The kernels of `maxattn.inference.gpu.ops`. Importing one imports triton."""

@@ -1,0 +1,79 @@
+"""How each kernel is cut and run, and what is left to cuBLAS. NOT MEASURED YET: chosen to fit an H200 without spills.
+
+What was looked at is what the compiler says for compute capability 9.0: registers, spills and shared memory of every
+launch that the presets need. Which is fastest only a GPU can say.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Of a product of matrices: rows, columns and depth of a tile, warps, and stages of the software pipeline."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+class Strip(NamedTuple):
+    """Of a depthwise convolution: rows, columns and channels that a program owns, warps, and stages of the pipeline."""
+
+    rows: int
+    columns: int
+    channels: int
+    warps: int
+    stages: int
+
+
+NORM_CHANNELS = 512
+"""Up to so many, a norm is taken within the product after it: wider, its sums cost more than a pass of their own."""
+
+MLP_CHANNELS = 128
+"""Up to so many, an MLP is one kernel. With more, its tile fills the registers, and the products bound it anyway."""
+
+GATHERED_CHANNELS = 128
+"""Up to so many channels and outputs, a dense convolution is ours: wider, cuDNN's is the faster one."""
+
+LIBRARY = frozenset({"none", "relu", "gelu_tanh"})
+"""Activations that cuBLASLt applies to a product with nothing else around it."""
+
+
+def pointwise(rows: int, columns: int, depth: int) -> Tile:
+    """For a product of `(rows, depth)` and `(depth, columns)`."""
+    block_k = 64 if depth % 64 == 0 else 32
+    wide = block_of(columns, 16, 128)
+    if rows <= 64 * 132:  # few tiles: smaller ones, so that every multiprocessor has one
+        return Tile(64, min(wide, 64), block_k, 4, 4)
+    return Tile(128, wide, block_k, 8 if wide == 128 else 4, 3)
+
+
+def convolution(channels: int, columns: int) -> Tile:
+    """For a dense convolution to so many `columns`."""
+    block_k = next((block for block in (64, 32, 16) if channels % block == 0), 32)
+    return Tile(128, block_of(columns, 16, 128), block_k, 8 if columns > 64 else 4, 3)
+
+
+def mlp(channels: int) -> Tile:
+    """For an MLP of so many channels, which are the columns of a tile; its depth is a share of the hidden ones."""
+    return Tile(128, block_of(channels, 16, 1024), 64, 8, 2)
+
+
+def depthwise(height: int, width: int, channels: int, stride: int) -> Strip:
+    """For an output of `height` x `width` pixels."""
+    columns = 16 if width > 8 and (width % 16 == 0 or width % 16 > 8) else 8
+    rows = next((rows for rows in (28, 14) if height % rows == 0), min(block_of(height, 1, 16), 16))
+    return Strip(rows, columns, 64, 4 if columns == 16 else 2, 3 if stride == 1 else 2)
+
+
+def block_of(size: int, least: int, most: int) -> int:
+    """The power of two that holds `size`, within limits.
+
+    Example:
+        >>> block_of(24, 16, 128), block_of(3, 16, 128), block_of(384, 16, 128)
+        (32, 16, 128)
+    """
+    return min(max(least, 1 << (size - 1).bit_length()), most)

@@ -1,0 +1,175 @@
+"""The operators `maxattn_inference::pointwise`, `::mlp`, `::depthwise` and `::convolution`: allocation and launches.
+
+They are `triton_op`s, so a compiler sees the kernels and launches them itself. In Triton's interpreter, where there is
+nothing to launch, the same functions are opaque operators. None has a gradient. What they compute is in `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, triton_op, wrap_triton
+from triton.runtime.jit import JITFunction
+
+from maxattn.inference.gpu import launches
+from maxattn.inference.gpu.kernels import convolution as convolution_kernel
+from maxattn.inference.gpu.kernels import depthwise as depthwise_kernel
+from maxattn.inference.gpu.kernels import mlp as mlp_kernel
+from maxattn.inference.gpu.kernels import pointwise as pointwise_kernel
+
+COMPILED = isinstance(pointwise_kernel.pointwise, JITFunction)
+_operator: Callable[..., Any] = triton_op if COMPILED else custom_op
+
+
+@_operator("maxattn_inference::pointwise", mutates_args=())  # type: ignore[untyped-decorator]
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    act: str,
+    norm: str,
+    eps: float,
+    column_sums: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """As `reference.pointwise`; a layer norm needs `column_sums (N)`, those of the weight over its inputs, in fp32."""
+    out = pointwise_output(x, weight, bias, act, norm, eps, column_sums, gate, residual)
+    x, weight = x.contiguous(), weight.contiguous()
+    (N, K), pixels = weight.shape, 1 if gate is None else x[0, ..., 0].numel()
+    M = x.numel() // K
+    tile = launches.pointwise(M, N, K)
+    _launch(pointwise_kernel.pointwise, _tiles(M, tile.rows) * _tiles(N, tile.columns))(
+        x, weight, _or(bias, x), _or(gate, x), _or(column_sums, x), _or(residual, x), out, M, N, K, pixels, eps,
+        ACT=act, NORM=norm, GATED=gate is not None, BIASED=bias is not None, ADDED=residual is not None,
+        EVEN_K=K % tile.depth == 0, **_blocks(tile),
+    )  # fmt: skip
+    return out
+
+
+@_operator("maxattn_inference::mlp", mutates_args=())  # type: ignore[untyped-decorator]
+def mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    act: str,
+    norm: str,
+    eps: float,
+) -> Tensor:
+    """As `reference.mlp`, of at most `launches.MLP_CHANNELS` channels."""
+    x, (hidden, C) = x.contiguous(), weight1.shape
+    out, M, tile = torch.empty_like(x), x.numel() // C, launches.mlp(C)
+    _launch(mlp_kernel.mlp, _tiles(M, tile.rows))(
+        x, weight1.contiguous(), _or(bias1, x), weight2.contiguous(), _or(bias2, x), out, M, C, hidden, eps,
+        ACT=act, NORM=norm, BIASED_1=bias1 is not None, BIASED_2=bias2 is not None,
+        EVEN_C=tile.columns == C, EVEN_H=hidden % tile.depth == 0,
+        BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_H=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+@_operator("maxattn_inference::depthwise", mutates_args=())  # type: ignore[untyped-decorator]
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, stride: int, padding: list[int], pooled: bool
+) -> tuple[Tensor, Tensor]:
+    """As `reference.depthwise`; instead of the mean, parts `(B, parts, C)` of it in fp32: none if not `pooled`."""
+    out, means = depthwise_outputs(x, weight, bias, act, stride, padding, pooled)
+    B, out_H, out_W, C = out.shape
+    strip, runs, strips = _cut(out, stride)
+    _launch(depthwise_kernel.depthwise, B * runs * strips * _tiles(C, strip.channels))(
+        x.contiguous(), weight.contiguous(), _or(bias, x), out, means,
+        *x.shape[1:], out_H, out_W, padding[0], padding[2], runs, strips,
+        ACT=act, STRIDE=stride, BIASED=bias is not None, POOLED=pooled,
+        ROWS=strip.rows, BLOCK_W=strip.columns, BLOCK_C=strip.channels, STAGES=strip.stages, num_warps=strip.warps,
+    )  # fmt: skip
+    return out, means
+
+
+@_operator("maxattn_inference::convolution", mutates_args=())  # type: ignore[untyped-decorator]
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, stride: int, padding: list[int]) -> Tensor:
+    """As `reference.convolution`, of one group."""
+    out = convolution_output(x, weight, bias, act, stride, padding)
+    B, out_H, out_W, N = out.shape
+    _, kernel_h, kernel_w, channels = weight.shape
+    tile, M = launches.convolution(channels, N), B * out_H * out_W
+    _launch(convolution_kernel.convolution, _tiles(M, tile.rows) * _tiles(N, tile.columns))(
+        x, weight.contiguous(), _or(bias, x), out,
+        M, N, *x.shape[2:], out_H, out_W, x.stride(0), *x.stride()[2:], x.stride(1), padding[0], padding[2],
+        ACT=act, STRIDE=stride, BIASED=bias is not None, CHANNELS=channels, KERNEL_H=kernel_h, KERNEL_W=kernel_w,
+        **_blocks(tile),
+    )  # fmt: skip
+    return out
+
+
+def pointwise_output(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    """What `pointwise` returns, not yet computed."""
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def mlp_output(x: Tensor, *_: Any) -> Tensor:
+    """What `mlp` returns, not yet computed."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def depthwise_outputs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, stride: int, padding: list[int], pooled: bool
+) -> tuple[Tensor, Tensor]:
+    """What `depthwise` returns, not yet computed."""
+    B, H, W, C = x.shape
+    out = x.new_empty(B, *_sizes(H, W, 3, 3, stride, padding), C)
+    _, runs, strips = _cut(out, stride)
+    return out, x.new_empty((B, runs * strips, C) if pooled else (0,), dtype=torch.float32)
+
+
+def convolution_output(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, stride: int, padding: list[int]
+) -> Tensor:
+    """What `convolution` returns, not yet computed."""
+    N, kernel_h, kernel_w, _ = weight.shape
+    return x.new_empty(x.shape[0], *_sizes(x.shape[2], x.shape[3], kernel_h, kernel_w, stride, padding), N)
+
+
+if not COMPILED:
+    pointwise.register_fake(pointwise_output)
+    mlp.register_fake(mlp_output)
+    depthwise.register_fake(depthwise_outputs)
+    convolution.register_fake(convolution_output)
+
+
+def _sizes(H: int, W: int, kernel_h: int, kernel_w: int, stride: int, padding: list[int]) -> tuple[int, int]:
+    top, bottom, left, right = padding
+    return (H + top + bottom - kernel_h) // stride + 1, (W + left + right - kernel_w) // stride + 1
+
+
+def _cut(out: Tensor, stride: int) -> tuple[launches.Strip, int, int]:
+    """How the output of a depthwise convolution is cut: the launch, and how many runs and strips an image has."""
+    _, out_H, out_W, C = out.shape
+    strip = launches.depthwise(out_H, out_W, C, stride)
+    return strip, _tiles(out_H, strip.rows), _tiles(out_W, strip.columns)
+
+
+def _tiles(size: int, block: int) -> int:
+    return (size + block - 1) // block
+
+
+def _blocks(tile: launches.Tile) -> dict[str, int]:
+    return {
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
+    return placeholder if tensor is None else tensor.contiguous()
+
+
+def _launch(function: Any, programs: int) -> Any:
+    return (wrap_triton(function) if COMPILED else function)[(programs,)]

@@ -1,0 +1,228 @@
+"""The kernels against their references: within twice the error that plain PyTorch has in the same dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from maxattn.inference.gpu import launches, ops, reference
+from maxattn.testing.budget import UNITS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # of NumPy, interpreting
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+ACTIVATIONS = list(reference.ACTIVATIONS)
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_not_a_number(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills it
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def in_fp64(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def assert_within_budget(actual: Tensor, same: Tensor, exact: Tensor) -> None:
+    """At most twice the error of `same`, and some roundings of the result."""
+    assert actual.shape == exact.shape
+    assert actual.is_contiguous()
+    for order, units in ((float("inf"), UNITS["max"]), (2.0, UNITS["2-norm"])):
+        allowed = 2 * torch.linalg.vector_norm(same.double() - exact, order)
+        allowed += units * torch.finfo(same.dtype).eps * torch.linalg.vector_norm(exact, order)
+        assert torch.linalg.vector_norm(actual.double() - exact, order) <= allowed
+
+
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: str = "none",
+    norm: str = "none",
+    eps: float = 0.0,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    return ops.pointwise(x, weight, bias, act, norm, eps, weight.float().sum(1), gate, residual)
+
+
+class TestPointwise:
+    @staticmethod
+    def check(**arguments: Any) -> None:
+        exact = reference.pointwise(**in_fp64(arguments))
+        assert_within_budget(pointwise(**arguments), reference.pointwise(**arguments), exact)
+
+    @DTYPES
+    @pytest.mark.parametrize("size", [(1, 1, 1), (2, 5, 7), (1, 13, 11), (3, 7, 7)], ids=str)
+    @pytest.mark.parametrize("widths", [(24, 40), (64, 64), (72, 136), (96, 200), (1, 1)], ids=str)
+    def test_gate_and_residual_of_any_size(
+        self, size: tuple[int, ...], widths: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        K, N = widths
+        self.check(
+            x=normal(*size, K, dtype=dtype),
+            weight=normal(N, K, dtype=dtype) / K**0.5,
+            bias=normal(N, dtype=dtype),
+            gate=normal(size[0], K, dtype=dtype).sigmoid(),
+            residual=normal(*size, N, dtype=dtype, seed=1),
+        )
+
+    @DTYPES
+    @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+    @pytest.mark.parametrize("widths", [(24, 40), (64, 192), (128, 16), (7, 5)], ids=str)
+    @pytest.mark.parametrize("mean", [0.0, 30.0])
+    def test_norm_within(self, widths: tuple[int, int], mean: float, norm: str, dtype: torch.dtype) -> None:
+        K, N = widths
+        x = normal(2, 5, 7, K, dtype=dtype) * 3 + mean
+        weight, bias = normal(N, K, dtype=dtype) / K**0.5, normal(N, dtype=dtype)
+        self.check(x=x, weight=weight, bias=bias, norm=norm, eps=1e-5, act="gelu_tanh")
+
+    @DTYPES
+    def test_norm_of_equal_channels_is_nothing(self, dtype: torch.dtype) -> None:
+        x, weight = torch.full((1, 3, 3, 48), 77.0, device=DEVICE, dtype=dtype), normal(32, 48, dtype=dtype)
+        out = pointwise(x, weight, norm="layer_norm", eps=1e-5)
+        assert out.abs().max() <= 1.0  # sqrt(1 / eps) times what fp32 leaves of 77 sum(W) - 77 sum(W)
+
+    @DTYPES
+    @pytest.mark.parametrize("act", ACTIVATIONS)
+    @pytest.mark.parametrize("biased", [False, True])
+    def test_every_activation(self, act: str, biased: bool, dtype: torch.dtype) -> None:
+        x = torch.linspace(-12, 12, 40 * 32, device=DEVICE).view(1, 5, 8, 32).to(dtype)
+        bias = normal(32, dtype=dtype) if biased else None
+        self.check(x=x, weight=torch.eye(32, device=DEVICE, dtype=dtype), bias=bias, act=act)
+
+    def test_many_rows_are_cut_otherwise(self) -> None:
+        few, many = (launches.pointwise(rows, 256, 64) for rows in (64, 10**6))
+        assert few != many
+        x, weight = normal(1, 97, 90, 16, dtype=torch.float16), normal(16, 16, dtype=torch.float16)
+        assert launches.pointwise(97 * 90, 16, 16).rows == many.rows
+        self.check(x=x, weight=weight, residual=x)
+
+    def test_is_an_operator(self) -> None:
+        x, weight = normal(2, 3, 3, 16, dtype=torch.float16), normal(8, 16, dtype=torch.float16)
+        sums, gate = weight.float().sum(1), normal(2, 16, dtype=torch.float16)
+        opcheck(ops.pointwise, (x, weight, None, "gelu", "layer_norm", 1e-5, sums, None, None))
+        opcheck(ops.pointwise, (x, weight, weight[:, 0], "none", "none", 0.0, None, gate, x[..., :8]))
+
+
+class TestMLP:
+    @DTYPES
+    @pytest.mark.parametrize("norm", ["none", "layer_norm", "rms_norm"])
+    @pytest.mark.parametrize("widths", [(16, 64), (24, 100), (96, 128), (128, 24), (5, 7)], ids=str)
+    @pytest.mark.parametrize("size", [(1, 1, 1), (2, 9, 13)], ids=str)
+    def test_any_size(self, size: tuple[int, ...], widths: tuple[int, int], norm: str, dtype: torch.dtype) -> None:
+        C, hidden = widths
+        arguments = {
+            "x": normal(*size, C, dtype=dtype) * 3 + 10,
+            "weight1": normal(hidden, C, dtype=dtype) / C**0.5,
+            "bias1": normal(hidden, dtype=dtype) if norm == "none" else None,
+            "weight2": normal(C, hidden, dtype=dtype, seed=1) / hidden**0.5,
+            "bias2": normal(C, dtype=dtype) if norm != "none" else None,
+            "act": "gelu",
+            "norm": norm,
+            "eps": 1e-5,
+        }
+        same, exact = reference.mlp(**arguments), reference.mlp(**in_fp64(arguments))
+        assert_within_budget(ops.mlp(*arguments.values()), same, exact)
+
+    def test_is_an_operator(self) -> None:
+        x, weight = normal(2, 3, 3, 16, dtype=torch.float16), normal(32, 16, dtype=torch.float16)
+        opcheck(ops.mlp, (x, weight, weight[:, 0], weight.t(), None, "silu", "layer_norm", 1e-5))
+
+
+class TestDepthwise:
+    @DTYPES
+    @pytest.mark.parametrize(
+        ("stride", "padding"),
+        [(1, (1, 1, 1, 1)), (2, (1, 1, 1, 1)), (2, (0, 1, 1, 1)), (2, (1, 1, 0, 1))],
+        ids=str,
+    )
+    @pytest.mark.parametrize(
+        "size", [(1, 9, 13, 72), (2, 8, 18, 24), (1, 2, 2, 64), (1, 31, 6, 8), (3, 7, 7, 130)], ids=str
+    )
+    def test_any_size_and_padding(
+        self, size: tuple[int, ...], stride: int, padding: tuple[int, int, int, int], dtype: torch.dtype
+    ) -> None:
+        arguments = {
+            "x": normal(*size, dtype=dtype),
+            "weight": normal(3, 3, size[-1], dtype=dtype) / 3,
+            "bias": normal(size[-1], dtype=dtype),
+            "act": "gelu_tanh",
+        }
+        y, means = ops.depthwise(*arguments.values(), stride, list(padding), True)
+        same = reference.depthwise(**arguments, stride=stride, padding=padding)
+        exact = reference.depthwise(**in_fp64(arguments), stride=stride, padding=padding)
+        assert_within_budget(y, same[0], exact[0])
+        assert means.dtype == torch.float32
+        assert_within_budget(means.sum(1).to(dtype), same[1], exact[1])
+
+    @pytest.mark.parametrize("act", ACTIVATIONS)
+    def test_every_activation_without_bias_and_mean(self, act: str) -> None:
+        x, weight = normal(1, 5, 5, 16, dtype=torch.float16) * 4, normal(3, 3, 16, dtype=torch.float16)
+        y, means = ops.depthwise(x, weight, None, act, 1, [1, 1, 1, 1], False)
+        exact, _ = reference.depthwise(x.double(), weight.double(), act=act)
+        assert_within_budget(y, reference.depthwise(x, weight, act=act)[0], exact)
+        assert means.numel() == 0
+
+    def test_the_mean_is_the_same_bit_by_bit_in_every_run(self) -> None:
+        x, weight = normal(2, 20, 20, 16, dtype=torch.float16), normal(3, 3, 16, dtype=torch.float16)
+        first, second = (ops.depthwise(x, weight, None, "silu", 1, [1, 1, 1, 1], True)[1] for _ in range(2))
+        assert first.shape[1] > 1
+        assert first.equal(second)
+
+    def test_is_an_operator(self) -> None:
+        x, weight = normal(2, 5, 6, 16, dtype=torch.float16), normal(3, 3, 16, dtype=torch.float16)
+        opcheck(ops.depthwise, (x, weight, weight[0, 0], "silu", 2, [0, 1, 0, 1], True))
+
+
+class TestConvolution:
+    @DTYPES
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize(
+        ("channels", "width", "kernel", "stride", "padding"),
+        [
+            (3, 24, 3, 2, (0, 1, 0, 1)),
+            (1, 16, 5, 2, (2, 2, 1, 2)),
+            (16, 40, 3, 1, (1, 1, 1, 1)),
+            (20, 16, 3, 1, (1, 1, 1, 1)),
+            (64, 72, 3, 1, (1, 1, 1, 1)),
+            (128, 16, 3, 1, (1, 1, 1, 1)),
+        ],
+    )
+    def test_any_kernel_and_layout(
+        self,
+        channels: int,
+        width: int,
+        kernel: int,
+        stride: int,
+        padding: tuple[int, int, int, int],
+        layout: torch.memory_format,
+        dtype: torch.dtype,
+    ) -> None:
+        arguments = {
+            "x": normal(2, channels, 9, 14, dtype=dtype).contiguous(memory_format=layout),
+            "weight": normal(width, kernel, kernel, channels, dtype=dtype) / (kernel * channels**0.5),
+            "bias": normal(width, dtype=dtype),
+            "act": "gelu",
+            "stride": stride,
+        }
+        y = ops.convolution(*arguments.values(), list(padding))
+        exact = reference.convolution(**in_fp64(arguments), padding=padding)
+        assert_within_budget(y, reference.convolution(**arguments, padding=padding), exact)
+
+    def test_is_an_operator(self) -> None:
+        x, weight = normal(2, 3, 7, 6, dtype=torch.float16), normal(8, 3, 3, 3, dtype=torch.float16)
+        opcheck(ops.convolution, (x, weight, None, "relu", 2, [0, 1, 0, 1]))
