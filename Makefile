@@ -19,13 +19,13 @@ test: $(VENV)/.with-test $(VENV)/.with-peers ## lint, types, import rules and th
 	$(BIN)/lint-imports --no-logo
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal backends/flash_attn backends/flex backends/xformers plugins/natten
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal backends/triton/tests
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal backends/triton/tests tests/inference/gpu
 
 demo: $(VENV)/.with-demo ## train a MaxViT on real digits, compare the backends, draw what it attends to
 	$(BIN)/python examples/digits/demo.py
 
-bench: $(VENV)/.with-core ## the cost of choosing a backend
-	$(BIN)/maxattn bench dispatch
+bench: $(VENV)/.with-bench $(VENV)/.with-peers ## measure this machine beside timm and torchvision, and rewrite docs/benchmarks
+	for what in dispatch op model train scaling; do $(BIN)/maxattn bench $$what --out docs/benchmarks || exit 1; done
 
 clean: ## remove .venv and everything that tools have built
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .*_cache
@@ -48,6 +48,11 @@ $(VENV)/.with-core: $(VENV)/.with-python pyproject.toml constraints.txt
 $(VENV)/.with-test $(VENV)/.with-demo: $(VENV)/.with-%: $(VENV)/.with-core
 	@echo "installing what 'make $*' needs in $(VENV)"
 	@$(PIP) -e '.[$*]'
+	@touch $@
+
+$(VENV)/.with-bench: $(VENV)/.with-core
+	@echo "installing what 'make bench' draws plots with in $(VENV)"
+	@$(PIP) -e '.[plot]'
 	@touch $@
 
 # torchvision is built for one build of torch and would bring another with it; the models need no more than its Python.

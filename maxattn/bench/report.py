@@ -1,0 +1,152 @@
+"""The pages of `docs/benchmarks`: every table and plot of them is made here, from the results in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+from maxattn.bench import plots, tables
+from maxattn.bench.results import Kind, Result
+from maxattn.weights.files import replacing
+
+RESULTS = "results"
+INDEX = "README.md"
+TITLES: dict[str, str] = {
+    "op": "Max-SA, one call",
+    "model": "Networks, inference",
+    "train": "Networks, a training step",
+    "scaling": "Cost against pixels",
+    "dispatch": "The cost of choosing a backend",
+}
+ABOUT: dict[str, str] = {
+    "op": (
+        "Max-SA by every backend that can serve it, on the shapes of MaxViT's stages, head dim 32, the bias in fp32. "
+        "*Floor* is the time to move what must be moved at the rate of a large copy, measured in the same run: 4 B H "
+        "W C elements forward, 12 in training. *Copy* is a copy of as many bytes as the forward pass moves; where "
+        "those fit into a processor's cache, it is below the floor. Training is forward and backward with all "
+        "gradients. On a GPU calls are replayed from a CUDA graph with a cold cache, but for *training without a "
+        "graph*; on a CPU they are warm. Every backend was checked before against the specification in fp64, within "
+        "the kit's error budget."
+    ),
+    "model": (
+        "The logits of a batch that is there already. *Plain* is what `maxattn.build` makes, *optimized* what "
+        "`maxattn.optimize_for_inference` makes of it. Others are timm's and torchvision's same network, in both "
+        "memory layouts. torchvision's `maxvit_t` differs from the published MaxViT-T in details. Compiled networks "
+        "are compiled for one batch, on a CPU with frozen weights, on a GPU as a CUDA graph; *first call* is mostly "
+        "the compiler. All logits were checked before against ours with the same weights in fp64. Memory is what a "
+        "call takes beyond weights and images."
+    ),
+    "train": (
+        "Forward, backward and fused AdamW on a batch that is there already, without dropout and stochastic depth. "
+        "Weights are in fp32; bfloat16 is that of autocast. Memory includes weights, gradients and the optimizer's "
+        "state. The loss of the first step and the norm of its gradient were checked before against ours with the "
+        "same weights in the next finer dtype."
+    ),
+    "scaling": (
+        "The logits of growing images by the network made for inference, its windows of one size throughout; and by "
+        "the same network whose windows are the whole feature map, without position bias. Where a size is missing, a "
+        "call would have taken too long, or more than half of the free memory."
+    ),
+    "dispatch": (
+        "`max_sa` with a backend that does nothing, less a direct call of that backend. Compiled, the choice is made "
+        "while tracing; what remains are guards, which a compiled function checks once a call, however many layers "
+        "it holds."
+    ),
+}
+FOR_ALL = (
+    "Times are medians, beside them quartiles. Candidates of a case take turns in one process, a sample each, so "
+    "that what disturbs the machine disturbs them all; a section says where it was otherwise. `maxattn bench report` "
+    "writes these pages from the files in [`results/`](results/), one for each machine and kind; nobody edits them "
+    "by hand."
+)
+AGAIN = """\
+    make bench                                          # all, for this machine: the GPU if there is one
+    maxattn bench model maxvit_tiny_tf_224 --batch 8 --out docs/benchmarks
+    maxattn bench report docs/benchmarks                # the pages alone, from the JSON"""
+ADVICE = (
+    "`maxattn bench --help` names the measurements, and the help of each its options. A result replaces the older "
+    "one of the same machine and kind; those of other machines stay. Measure on a machine that does nothing else. "
+    "Threads are those of `OMP_NUM_THREADS`. On Linux, PyTorch on a CPU takes large tensors from the system anew "
+    "each time, which favours whoever allocates less; the variables of the C library that change this are in the "
+    "stamp."
+)
+
+
+def read(folder: Path) -> list[Result]:
+    """The results below `folder`, by kind and machine.
+
+    Raises:
+        ValueError: for a JSON file there that holds none.
+    """
+    found = [Result.read(path) for path in sorted((folder / RESULTS).glob("*.json"))]
+    order = list(get_args(Kind))
+    return sorted(found, key=lambda result: (order.index(result.kind), result.machine.name))
+
+
+def write(folder: Path) -> list[Path]:
+    """Write the index, a page for each kind and the plots, from the results below `folder`; returns what was written.
+
+    Plots and pages of results that are no longer there are removed.
+
+    Raises:
+        ValueError: for a JSON file that holds no result.
+        ModuleNotFoundError: without matplotlib.
+    """
+    results = read(folder)
+    if not results:
+        return []
+    written = []
+    plotted: dict[str, Path] = {}
+    for result in results:
+        path = folder / f"{result.machine.name}-{result.kind}.svg"
+        if plots.draw(result, path):
+            plotted[result.file_name] = path
+            written.append(path)
+    for kind in dict.fromkeys(result.kind for result in results):
+        sections = [_section(result, plotted.get(result.file_name)) for result in results if result.kind == kind]
+        written.append(_write(folder / f"{kind}.md", [f"# {TITLES[kind]}", ABOUT[kind], FOR_ALL, *sections]))
+    written.append(_write(folder / INDEX, _index(results)))
+    stale = {*folder.glob("*.svg"), *(folder / f"{kind}.md" for kind in get_args(Kind))} - set(written)
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return written
+
+
+def _section(result: Result, plot: Path | None) -> str:
+    chip = result.machine.gpu or f"{result.machine.cpu}, {result.machine.cores} cores"
+    picture = [f"![{TITLES[result.kind]} on {chip}]({plot.name})"] if plot else []
+    settings = [f"{name} {_plain(value)}" for name, value in result.settings.items()]
+    stamp = f"{result.machine}{'; ' if settings else ''}{', '.join(settings)}. File: "
+    link = f"[`{result.file_name}`]({RESULTS}/{result.file_name})"
+    return "\n\n".join([f"## {chip}", stamp + link, *picture, tables.OF_KIND[result.kind](result)])
+
+
+def _index(results: list[Result]) -> list[str]:
+    rows = [
+        (
+            f"[{TITLES[result.kind]}]({result.kind}.md)",
+            result.machine.gpu or f"{result.machine.cpu}, {result.machine.cores} cores",
+            f"torch {result.machine.torch}",
+            result.machine.date.partition("T")[0] or "not dated",
+            f"[JSON]({RESULTS}/{result.file_name})",
+        )
+        for result in results
+    ]
+    return [
+        "# Benchmarks",
+        FOR_ALL,
+        tables.table(("what", "machine", "version", "date", "numbers"), rows, right=0),
+        "## Again, or elsewhere",
+        AGAIN,
+        ADVICE,
+    ]
+
+
+def _plain(value: str | float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _write(path: Path, parts: list[str]) -> Path:
+    with replacing(path) as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path

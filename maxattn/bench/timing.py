@@ -1,0 +1,180 @@
+"""Timing candidates side by side, and the memory that a call takes.
+
+What disturbs a machine (other programs, its clock, its heat) changes over seconds. So one sample of each candidate is
+taken in turn, round by round: a disturbance hits all of them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from maxattn.bench.results import Time
+from maxattn.ops.registry import told
+
+Call = Callable[[], object]
+Sampler = Callable[[], float]
+CACHE_BYTES = 2**28
+"""More than any GPU's cache holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How long to measure: rounds until `seconds` a candidate are over, at least `least` and at most `most`."""
+
+    seconds: float = 4.0
+    least: int = 5
+    most: int = 50
+    sample: float = 0.02
+    """Seconds of a sample of the wall clock at least: short calls are repeated within one."""
+
+
+QUICK = Effort(seconds=0.2, least=2, most=5, sample=0.002)
+
+
+def interleaved(samplers: Mapping[str, Sampler], effort: Effort, done: Call = lambda: None) -> dict[str, Time]:
+    """Rounds of one sample of each in turn, every second round backwards; `done` is called after each sample.
+
+    Example:
+        >>> times = interleaved({"a": lambda: 1.0, "b": lambda: 2.0}, Effort(least=3, most=3))
+        >>> times["b"].median, times["b"].samples
+        (2.0, 3)
+    """
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    started, allowed = time.perf_counter(), effort.seconds * len(samplers)
+    for number in range(effort.most):
+        if number >= effort.least and time.perf_counter() - started > allowed:
+            break
+        for name in samplers if number % 2 == 0 else reversed(list(samplers)):
+            samples[name].append(samplers[name]())
+            done()
+    return {name: Time.of(found) for name, found in samples.items()}
+
+
+def wall_clock(call: Call, device: str, effort: Effort) -> Sampler:
+    """Samples of the wall clock, of calls in a row, with all that they start on the device; the call is warm."""
+    calls = max(1, math.ceil(effort.sample / max(seconds(call, device), 1e-7)))
+    return partial(seconds, call, device, calls)
+
+
+def on_gpu(call: Call) -> Sampler:
+    """Samples of the GPU's own clock, of one call with a cold cache."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample() -> float:
+        _cache().zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return sample
+
+
+def captured(call: Call) -> Call:
+    """The call as the replay of a CUDA graph, which takes no time of Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def seconds(call: Call, device: str, calls: int = 1) -> float:
+    """Wall-clock seconds a call, of `calls` in a row."""
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - started) / calls
+
+
+def peak_mib(call: Call, device: str) -> float:
+    """The most memory of PyTorch's allocator that a call takes at once, beyond what was there before, in MiB."""
+    if device == "cpu":
+        return _peak_on_cpu(call)
+    gc.collect()
+    synchronize(device)
+    before = torch.accelerator.memory_allocated()
+    torch.accelerator.reset_peak_memory_stats()
+    call()
+    synchronize(device)
+    return (torch.accelerator.max_memory_allocated() - before) / 2**20
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def release(device: str) -> None:
+    """Let go of what has been compiled, and of memory that is kept for later."""
+    torch.compiler.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def copy_bandwidth(device: str, effort: Effort) -> float:
+    """Bytes a second, read and written, of a large copy."""
+    source = torch.ones(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = partial(target.copy_, source)
+    sampler = on_gpu(copy) if device == "cuda" else wall_clock(copy, device, effort)
+    return 2 * source.numel() / interleaved({"copy": sampler}, effort)["copy"].median
+
+
+def failure(error: BaseException) -> str:
+    """Why a candidate has no time, in a line."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "out of memory"
+    line = told(error)
+    return line if len(line) <= 200 else f"{line[:200]} ..."
+
+
+@cache
+def _cache() -> Tensor:
+    return torch.empty(CACHE_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def _peak_on_cpu(call: Call) -> float:
+    """By the profiler's record of every allocation: the process's own size also shows what freed memory it keeps."""
+    gc.collect()
+    with _silent_profiler(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    assert profile.kineto_results is not None
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    taken = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        taken += event.nbytes()
+        most = max(most, taken)
+    return most / 2**20
+
+
+@contextmanager
+def _silent_profiler() -> Iterator[None]:
+    """The profiler tells on the process's standard error, past Python, when it starts and stops."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,0 +1,140 @@
+"""A training step of whole networks: forward, backward and fused AdamW; ours and the same of other libraries."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maxattn.bench.compare import Candidate, Show, Span, compare, silent
+from maxattn.bench.machine import this_machine
+from maxattn.bench.model import MODES
+from maxattn.bench.networks import Variant, case_facts, compiled, images_of, laid_out, missing, specs_of, variants
+from maxattn.bench.results import Mode, Result, Row
+from maxattn.bench.timing import Call, Effort, release, wall_clock
+from maxattn.spec import MaxViTSpec
+
+
+def measure(
+    specs: Sequence[str | Path | MaxViTSpec],
+    *,
+    batches: Sequence[int] = (8,),
+    img_size: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    modes: Sequence[Mode] = MODES,
+    peers: bool = True,
+    effort: Effort | None = None,
+    show: Show = silent,
+) -> Result:
+    """A step on a batch that is there already: time, and peak memory with weights, gradients and the optimizer's state.
+
+    Weights are in fp32, and a `dtype` of fewer bits is that of autocast. Without dropout and stochastic depth, so that
+    all compute the same: the loss of the first step, and the norm of its gradient, are checked against ours in the next
+    finer dtype (fp32 for autocast, fp64 for fp32), to the square root of the rounding of `dtype`.
+
+    Example:
+        >>> result = measure(["nano"], batches=[2], modes=["eager"], effort=Effort(least=2, most=2, sample=0))
+        >>> result.rows[0].candidate, result.rows[0].mib > 1
+        ('maxattn, eager', True)
+    """
+    effort = effort or Effort()
+    wanted = [(spec, batch) for spec in specs_of(specs, img_size) for batch in batches]
+    rows: list[Row] = []
+    for number, (spec, batch) in enumerate(wanted):
+        span = Span(show).part(number, len(wanted))
+        span.tell(0, f"{spec.name}: weights")
+        images = images_of(spec, batch, torch.float32, device)
+        found, reasons = variants(spec, peers=peers)
+        exact: dict[int, tuple[float, float]] = {}
+        candidates = [_candidate(variant, images, dtype, mode, exact) for variant in found for mode in modes]
+        candidates += missing(reasons)
+        case = case_facts(spec, batch, dtype)
+        sampler = partial(wall_clock, device=device, effort=effort)
+        rows += compare(case, candidates, device, effort, sampler, span)
+        release(device)
+    return Result(kind="train", machine=this_machine(device), rows=tuple(rows))
+
+
+class Step:
+    """A training step. `first` is the loss of the first one, and the norm of its gradient over all weights."""
+
+    def __init__(self, network: nn.Module, images: Tensor, dtype: torch.dtype, mode: Mode) -> None:
+        device = images.device.type
+        self.network, self.images, self.device = network.train(), images, device
+        self.dtype = dtype
+        self.forward = compiled(network, device, training=True) if mode == "compiled" else network
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
+        with torch.no_grad():
+            classes = copy.deepcopy(network).eval()(images[:1]).shape[1]
+        self.labels = torch.arange(len(images), device=device) % classes
+        self.first: tuple[float, float] | None = None
+
+    def __call__(self) -> None:
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16)):
+            loss = F.cross_entropy(self.forward(self.images), self.labels)
+        loss.backward()
+        if self.first is None:
+            self.first = loss.item(), self._gradient_norm()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_mib(self) -> float:
+        """Memory of weights, buffers and the optimizer's state."""
+        state = [x for kept in self.optimizer.state.values() for x in kept.values() if isinstance(x, Tensor)]
+        tensors = [*self.network.parameters(), *self.network.buffers(), *state]
+        return sum(tensor.nbytes for tensor in tensors) / 2**20
+
+    def _gradient_norm(self) -> float:
+        gradients = [weight.grad for weight in self.network.parameters() if weight.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).item()
+
+
+def _candidate(
+    variant: Variant, images: Tensor, dtype: torch.dtype, mode: Mode, exact: dict[int, tuple[float, float]]
+) -> Candidate:
+    made: list[Step] = []
+
+    def make() -> Call:
+        step = Step(*laid_out(variant.network, images, variant.layout), dtype, mode)
+        made.append(step)
+        return step
+
+    def wrong(call: Call) -> str:
+        key = id(variant.plain)
+        if key not in exact:
+            exact[key] = _exact(variant, images, dtype)
+        assert made[0].first is not None
+        return _differs(made[0].first, exact[key], dtype)
+
+    return Candidate(
+        name=f"{variant.name}, {mode}",
+        library=variant.library,
+        mode=mode,
+        make=make,
+        wrong=wrong,
+        extra_mib=lambda: sum(step.state_mib() for step in made),
+    )
+
+
+def _exact(variant: Variant, images: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    finer = torch.float64 if dtype == torch.float32 else torch.float32
+    step = Step(copy.deepcopy(variant.plain).to(images.device, finer), images.to(finer), finer, "eager")
+    step()
+    assert step.first is not None
+    return step.first
+
+
+def _differs(seen: tuple[float, float], exact: tuple[float, float], dtype: torch.dtype) -> str:
+    allowed = torch.finfo(dtype).eps ** 0.5
+    names = ("the loss", "the norm of the gradient")
+    return "; ".join(
+        f"{name} is {one:.6g}, not {other:.6g}"
+        for name, one, other in zip(names, seen, exact, strict=True)
+        if not abs(one - other) <= allowed * abs(other)
+    )

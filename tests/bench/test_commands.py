@@ -1,0 +1,94 @@
+"""`maxattn bench` on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from maxattn.bench import this_machine
+from maxattn.cli import app
+
+OP = ["op", "--size", "6x4", "--width", "32", "--window", "3", "--batch", "1", "--backend", "naive", "--quick"]
+SCALING = ["scaling", "nano", "--size", "28", "--size", "56", "--quick"]
+
+
+def run(*arguments: str, exit_code: int = 0) -> Result:
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == exit_code, (result.output, result.exception)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        pytest.param(OP, "| 1 | 6x4 | 32 | 3 | block |", id="op"),
+        pytest.param(["model", "nano", "--quick"], "| maxattn optimized, eager |", id="model"),
+        pytest.param(["train", "nano", "--quick"], "| maxattn, eager |", id="train"),
+        pytest.param(SCALING, "| 56 x 56 |", id="scaling"),
+        pytest.param(["dispatch"], "| MAXATTN_BACKEND |", id="dispatch"),
+    ],
+)
+def test_every_measurement_prints_text_and_json_and_keeps_its_result(
+    arguments: list[str], told: str, tmp_path: Path
+) -> None:
+    text = run(*arguments, "--out", str(tmp_path))
+    assert told in text.stdout
+    assert this_machine().cpu in text.stdout
+    kept = tmp_path / "results" / f"{this_machine().name}-{arguments[0]}.json"
+    assert f"wrote {kept}" in text.stderr
+    assert told in (tmp_path / f"{arguments[0]}.md").read_text("utf-8")
+    plain = json.loads(run(*arguments, "--json").stdout)
+    before = json.loads(kept.read_text("utf-8"))
+    assert plain.keys() == before.keys() == {"kind", "machine", "settings", "rows"}
+    assert plain["machine"]["torch"] == torch.__version__
+    assert [row["candidate"] for row in plain["rows"]] == [row["candidate"] for row in before["rows"]]
+
+
+def test_report_writes_the_pages_anew(tmp_path: Path) -> None:
+    run(*OP, "--out", str(tmp_path))
+    page = tmp_path / "op.md"
+    before = page.read_text("utf-8")
+    page.write_text("edited by hand", encoding="utf-8")
+    assert f"wrote {page}" in run("report", str(tmp_path)).stdout
+    assert page.read_text("utf-8") == before
+
+
+def test_report_without_results_says_how_to_get_some(tmp_path: Path) -> None:
+    assert f"maxattn bench model --out {tmp_path}" in run("report", str(tmp_path)).stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_is_asked_for_is_measured() -> None:
+    rows = json.loads(run(*OP, "--axis", "grid", "--pass", "forward", "--dtype", "bf16", "--json").stdout)["rows"]
+    assert {(row["case"]["axis"], row["case"]["pass"], row["case"]["dtype"]) for row in rows} == {
+        ("grid", "forward", "bfloat16")
+    }
+    assert [row["candidate"] for row in rows] == ["floor", "copy", "naive"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["model", "nanno"], "did you mean nano"),
+        (["train", "nano", "--dtype", "int8"], "'int8' is no dtype"),
+        (["model", "nano", "--device", "xla"], "there is no xla here, only cpu"),
+        (["model", "nano", "--img-size", "7x"], "'7x' is no size"),
+        (["op", "--size", "8", "--width", "20", "--quick"], "width 20 is no multiple of 32"),
+        (["scaling", "nano", "--size", "56", "--size", "28"], "sizes must be increasing, not 56, 28"),
+    ],
+)
+def test_bad_input_is_told_with_what_would_work(arguments: list[str], told: str) -> None:
+    result = run(*arguments, exit_code=2)
+    assert told in " ".join(result.stderr.replace("\u2502", " ").split())
+    assert result.stdout == ""
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "other.json").write_text("[]", encoding="utf-8")
+    result = run("report", str(tmp_path), exit_code=2)
+    assert "other.json holds no result of 'maxattn bench'" in result.stderr
