@@ -19,7 +19,7 @@ from torch import Tensor
 import maxattn
 from maxattn.ops.contract import Axis
 
-SHAPES = ((8, 56, 7), (4, 30, 7), (4, 48, 12), (2, 64, 16), (1, 56, 28))
+SHAPES = ((8, 56, 7), (4, 30, 7), (4, 48, 12), (2, 64, 16), (1, 112, 28))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BACKENDS = ("naive", "sdpa", "triton")
 HEADS, HEAD_DIM = 2, 32

@@ -128,6 +128,14 @@ class OffsetsWrapAround(Steps):
 
 
 @mutant(**EAGER)
+def bias_padded_to_128_taken_for_contiguous(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    """a bias is contiguous once it is padded to rows of a multiple of 128, but not where nothing is missing"""
+    if bias is not None and problem.tokens % 128 == 0:
+        bias = reread(bias, packed_strides(bias.shape))
+    return exact(qkv, bias, problem)
+
+
+@mutant(**EAGER)
 def bias_taken_for_contiguous(qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
     """the bias is read as if it were contiguous"""
     return exact(qkv, None if bias is None else reread(bias, packed_strides(bias.shape)), problem)

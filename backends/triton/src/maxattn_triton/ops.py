@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 from triton.runtime.jit import JITFunction
 
 from maxattn.ops.contract import Axis, Problem
+from maxattn.ops.devices import on_device_of
 from maxattn.ops.windows import spans
 from maxattn_triton import configs
 from maxattn_triton.kernels import columns, rows, tiles, whole
@@ -59,25 +61,27 @@ def forward(
     heads = qkv.shape[4]
     if qkv.shape[0] == 0:
         return out, lse
-    numbers, constants = geometry(qkv, bias, seed, grid, P_h, P_w, scale, dropout_p)
-    size = P_h * P_w, qkv.shape[5], qkv.element_size()
-    z, r = lse if save_lse else out, qkv if seed is None else seed
-    if configs.forward_kernel(*size) == "rows":
-        launch = configs.launch(configs.Key("rows.forward", *size))
-        owned, cut = cut_by(launch, P_h * P_w)
-        programs = count_walkers(qkv, P_h, P_w, owned, launch) * owned * heads
-        kernel(rows.forward)[(programs,)](
-            qkv, plain(bias, qkv), out, z, r, *numbers, **constants, **cut, SAVE_LSE=save_lse, **how(launch)
-        )
-    else:
-        launch = configs.launch(configs.Key("tiles.forward", *size))
-        owned, _, cut = tile_by(launch, P_h * P_w)
-        share = sharing(qkv, P_h, P_w, owned, launch)
-        programs = count_walkers(qkv, P_h, P_w, owned, launch, share) * owned * heads
-        kernel(tiles.forward)[(programs,)](
-            qkv, prepared(bias, qkv), out, z, r, *numbers, **constants, **cut,
-            SAVE_LSE=save_lse, SHARING=share, **how(launch),
-        )  # fmt: skip
+    with on_device_of(qkv):
+        numbers, constants = geometry(qkv, bias, seed, grid, P_h, P_w, scale, dropout_p)
+        size = P_h * P_w, qkv.shape[5], qkv.element_size()
+        lse_or_none, seed_or_none = lse if save_lse else out, qkv if seed is None else seed
+        if configs.forward_kernel(*size) == "rows":
+            launch = configs.launch(configs.Key("rows.forward", *size))
+            owned, cut = cut_by(launch, P_h * P_w)
+            programs = count_walkers(qkv, P_h, P_w, owned, launch) * owned * heads
+            kernel(rows.forward)[(programs,)](
+                qkv, plain(bias, qkv), out, lse_or_none, seed_or_none, *numbers, **constants, **cut,
+                SAVE_LSE=save_lse, **how(launch),
+            )  # fmt: skip
+        else:
+            launch = configs.launch(configs.Key("tiles.forward", *size))
+            owned, _, cut = tile_by(launch, P_h * P_w)
+            share = sharing(qkv, P_h, P_w, owned, launch)
+            programs = count_walkers(qkv, P_h, P_w, owned, launch, share) * owned * heads
+            kernel(tiles.forward)[(programs,)](
+                qkv, prepared(bias, qkv), out, lse_or_none, seed_or_none, *numbers, **constants, **cut,
+                SAVE_LSE=save_lse, SHARING=share, **how(launch),
+            )  # fmt: skip
     return out, lse
 
 
@@ -105,62 +109,75 @@ def backward(
     )  # fmt: skip
     if qkv.shape[0] == 0:
         return dqkv, dbias.zero_()
-    tokens, heads = P_h * P_w, qkv.shape[4]
-    grad_out = grad_out.contiguous()
-    r = qkv if seed is None else seed
-    numbers, constants = geometry(qkv, bias, seed, grid, P_h, P_w, scale, dropout_p)
-    size = tokens, qkv.shape[5], qkv.element_size()
-    shares = dqkv  # of the bias gradient: one a walker
-    family = configs.backward_kernel(*size)
-    b = prepared(bias, qkv) if family == "tiles" else plain(bias, qkv)
+    with on_device_of(qkv):
+        tokens, heads = P_h * P_w, qkv.shape[4]
+        grad_out = grad_out.contiguous()
+        seed_or_none = qkv if seed is None else seed
+        numbers, constants = geometry(qkv, bias, seed, grid, P_h, P_w, scale, dropout_p)
+        size = tokens, qkv.shape[5], qkv.element_size()
+        shares = dqkv  # of the bias gradient: one a walker
+        family = configs.backward_kernel(*size)
+        b = prepared(bias, qkv) if family == "tiles" else plain(bias, qkv)
 
-    if family == "whole":
-        launch = configs.launch(configs.Key("whole.backward", *size))
-        walkers = count_walkers(qkv, P_h, P_w, 1, launch)
-        if bias_gradient:
-            shares = qkv.new_empty(walkers, heads, tokens, tokens, dtype=torch.float32)
-        kernel(whole.backward)[(walkers * heads,)](
-            qkv, b, lse, r, grad_out, dqkv, shares, *numbers, **constants,
-            BIAS_GRADIENT=bias_gradient, BLOCK_N=configs.block_of(tokens), **how(launch),
-        )  # fmt: skip
-    elif family == "rows":
-        delta = torch.empty_like(lse)
-        launch = configs.launch(configs.Key("rows.backward", *size))
-        owned, cut = cut_by(launch, tokens)
-        walkers = count_walkers(qkv, P_h, P_w, owned, launch)
-        if bias_gradient:
-            shares = qkv.new_empty(walkers, heads, tokens, tokens, dtype=torch.float32)
-        kernel(rows.backward)[(walkers * owned * heads,)](
-            qkv, b, out, lse, r, grad_out, dqkv, delta, shares, *numbers, **constants, **cut,
-            BIAS_GRADIENT=bias_gradient, **how(launch),
-        )  # fmt: skip
-        launch = configs.launch(configs.Key("columns.backward", *size))
-        owned, cut = cut_by(launch, tokens)
-        kernel(columns.backward)[(count_walkers(qkv, P_h, P_w, owned, launch) * owned * heads,)](
-            qkv, b, lse, r, grad_out, dqkv, delta, *numbers, **constants, **cut, **how(launch)
-        )
-    else:
-        delta = torch.empty_like(lse)
-        launch = configs.launch(configs.Key("tiles.backward_queries", *size))
-        owned, _, cut = tile_by(launch, tokens)
-        share = sharing(qkv, P_h, P_w, owned, launch)
-        kernel(tiles.backward_queries)[(count_walkers(qkv, P_h, P_w, owned, launch, share) * owned * heads,)](
-            qkv, b, out, lse, r, grad_out, dqkv, delta, *numbers, **constants, **cut, SHARING=share, **how(launch)
-        )
-        launch = configs.launch(configs.Key("tiles.backward_keys", *size))
-        _, owned, cut = tile_by(launch, tokens)
-        kernel(tiles.backward_keys)[(count_walkers(qkv, P_h, P_w, owned, launch) * owned * heads,)](
-            qkv, b, lse, r, grad_out, dqkv, delta, *numbers, **constants, **cut, **how(launch)
-        )
-        if bias_gradient:
-            launch = configs.launch(configs.Key("tiles.backward_bias", *size))
-            across, down, cut = tile_by(launch, tokens)
-            owned = across * down
+        if family == "whole":
+            launch = configs.launch(configs.Key("whole.backward", *size))
+            walkers = count_walkers(qkv, P_h, P_w, 1, launch)
+            if bias_gradient:
+                shares = qkv.new_empty(walkers, heads, tokens, tokens, dtype=torch.float32)
+            kernel(whole.backward)[(walkers * heads,)](
+                qkv, b, lse, seed_or_none, grad_out, dqkv, shares, *numbers, **constants,
+                BIAS_GRADIENT=bias_gradient, BLOCK_N=configs.block_of(tokens), **how(launch),
+            )  # fmt: skip
+        elif family == "rows":
+            delta = torch.empty_like(lse)
+            launch = configs.launch(configs.Key("rows.backward", *size))
+            owned, cut = cut_by(launch, tokens)
             walkers = count_walkers(qkv, P_h, P_w, owned, launch)
-            shares = qkv.new_empty(walkers, heads, tokens, tokens, dtype=torch.float32)
-            kernel(tiles.backward_bias)[(walkers * owned * heads,)](
-                qkv, b, lse, r, grad_out, delta, shares, *numbers, **constants, **cut, **how(launch)
+            if bias_gradient:
+                shares = qkv.new_empty(walkers, heads, tokens, tokens, dtype=torch.float32)
+            kernel(rows.backward)[(walkers * owned * heads,)](
+                qkv, b, out, lse, seed_or_none, grad_out, dqkv, delta, shares, *numbers, **constants, **cut,
+                BIAS_GRADIENT=bias_gradient, **how(launch),
+            )  # fmt: skip
+            launch = configs.launch(configs.Key("columns.backward", *size))
+            owned, cut = cut_by(launch, tokens)
+            kernel(columns.backward)[(count_walkers(qkv, P_h, P_w, owned, launch) * owned * heads,)](
+                qkv, b, lse, seed_or_none, grad_out, dqkv, delta, *numbers, **constants, **cut, **how(launch)
             )
+        else:
+            delta = torch.empty_like(lse)
+            launch = configs.launch(configs.Key("tiles.backward_queries", *size))
+            owned, _, cut = tile_by(launch, tokens)
+            share = sharing(qkv, P_h, P_w, owned, launch)
+            kernel(tiles.backward_queries)[(count_walkers(qkv, P_h, P_w, owned, launch, share) * owned * heads,)](
+                qkv,
+                b,
+                out,
+                lse,
+                seed_or_none,
+                grad_out,
+                dqkv,
+                delta,
+                *numbers,
+                **constants,
+                **cut,
+                SHARING=share,
+                **how(launch),
+            )
+            launch = configs.launch(configs.Key("tiles.backward_keys", *size))
+            _, owned, cut = tile_by(launch, tokens)
+            kernel(tiles.backward_keys)[(count_walkers(qkv, P_h, P_w, owned, launch) * owned * heads,)](
+                qkv, b, lse, seed_or_none, grad_out, dqkv, delta, *numbers, **constants, **cut, **how(launch)
+            )
+            if bias_gradient:
+                launch = configs.launch(configs.Key("tiles.backward_bias", *size))
+                down, across, cut = tile_by(launch, tokens)
+                owned = down * across
+                walkers = count_walkers(qkv, P_h, P_w, owned, launch)
+                shares = qkv.new_empty(walkers, heads, tokens, tokens, dtype=torch.float32)
+                kernel(tiles.backward_bias)[(walkers * owned * heads,)](
+                    qkv, b, lse, seed_or_none, grad_out, delta, shares, *numbers, **constants, **cut, **how(launch)
+                )
     return dqkv, shares.sum(0).to(dbias.dtype) if bias_gradient else dbias
 
 
@@ -174,7 +191,8 @@ def prepared(bias: Tensor | None, placeholder: Tensor) -> Tensor:
     if bias is None:
         return placeholder
     missing = padded(bias.shape[1]) - bias.shape[1]
-    return F.pad(F.pad(bias.float() * math.log2(math.e), (0, missing), value=-math.inf), (0, 0, 0, missing))
+    to_base_2 = bias.contiguous().float() * math.log2(math.e)
+    return F.pad(F.pad(to_base_2, (0, missing), value=-math.inf), (0, 0, 0, missing))
 
 
 def padded(tokens: int) -> int:
@@ -307,6 +325,7 @@ def cut_by(launch: configs.Launch, tokens: int) -> tuple[int, dict[str, Any]]:
     return triton.cdiv(tokens, block_m), sizes
 
 
+@cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of the device."""
     if device.type == "cpu":

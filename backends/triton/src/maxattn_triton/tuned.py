@@ -48,7 +48,7 @@ def stamp(device: int) -> str:
 
 def launch(key: Key) -> Launch | None:
     """The launch that was measured to be the fastest for `key` on the current GPU; None if none was measured."""
-    known = _read(path())
+    known = _read()
     if not known:
         return None
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
@@ -59,7 +59,7 @@ def save(launches: Mapping[Key, Launch]) -> None:
     """Keep `launches` beside what is known; this process uses them at once."""
     file, device = path(), torch.cuda.current_device() if torch.cuda.is_available() else 0
     _read.cache_clear()
-    known = _read(file)
+    known = _read()
     known = known | {stamp(device): known.get(stamp(device), {}) | dict(launches)}
     told = {
         one: [key._asdict() | launch._asdict() for key, launch in launches.items()] for one, launches in known.items()
@@ -71,8 +71,9 @@ def save(launches: Mapping[Key, Launch]) -> None:
 
 
 @cache
-def _read(file: Path) -> dict[str, dict[Key, Launch]]:
+def _read() -> dict[str, dict[Key, Launch]]:
     """What the file holds, by stamp; nothing, with a warning, if it cannot be read."""
+    file = path()
     try:
         found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text(encoding="utf-8"))
         return {one: {_part(Key, each): _part(Launch, each) for each in launches} for one, launches in found.items()}

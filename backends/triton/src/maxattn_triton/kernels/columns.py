@@ -64,7 +64,7 @@ def backward(
             exists_key = (key < N) & (first_y + y_key < H) & (first_x + x_key < W)
         inside_key = exists_2d(exists_key, D, BLOCK_D)
         k = tl.load(first + stride_part + at_key, mask=inside_key, other=0.0)  # (BLOCK_M, D)
-        v = tl.load(first + 2 * stride_part + at_key, mask=inside_key, other=0.0)
+        v = tl.load(first + stride_part + stride_part + at_key, mask=inside_key, other=0.0)
         dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for part in tl.static_range(PARTS):

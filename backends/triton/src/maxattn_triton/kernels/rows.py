@@ -42,7 +42,7 @@ def keys_and_values(
     inside = exists_2d(exists, D, BLOCK_D)
     at = channels(y, x, stride_h, stride_w, BLOCK_D) + head.to(tl.int64) * stride_head
     k = tl.load(first + stride_part + at, mask=inside, other=0.0)
-    return k, tl.load(first + 2 * stride_part + at, mask=inside, other=0.0), exists
+    return k, tl.load(first + stride_part + stride_part + at, mask=inside, other=0.0), exists
 
 
 @triton.jit
@@ -101,12 +101,12 @@ def forward(
                 s = tl.where(exists_key[None, :], s, -float("inf"))
             if part == 0:
                 m = tl.max(s, 1)
-                base = tl.where(m == -float("inf"), 0.0, m) if RAGGED and PARTS > 1 else m
+                base = tl.where(m == -float("inf"), 0.0, m) if PARTS > 1 else m  # all keys of a part may be masked
                 p = tl.exp2(s - base[:, None])
                 total = tl.sum(p, 1)
             else:
                 larger = tl.maximum(m, tl.max(s, 1))
-                base = tl.where(larger == -float("inf"), 0.0, larger) if RAGGED else larger
+                base = tl.where(larger == -float("inf"), 0.0, larger)
                 p = tl.exp2(s - base[:, None])
                 shrink = tl.exp2(m - base)
                 total = total * shrink + tl.sum(p, 1)

@@ -326,7 +326,7 @@ def backward_bias(
         at_lse = (window.to(tl.int64) * heads + head) * N + query
         q = tl.load(first + at, mask=inside, other=0.0)  # (BLOCK_M, D)
         k = tl.load(first + stride_part + at_key, mask=inside_key, other=0.0)  # (BLOCK_N, D)
-        v = tl.load(first + 2 * stride_part + at_key, mask=inside_key, other=0.0)
+        v = tl.load(first + stride_part + stride_part + at_key, mask=inside_key, other=0.0)
         do = tl.load(dout + first_out + at_out, mask=inside, other=0.0)
         z = tl.load(lse + at_lse, mask=query < N, other=0.0)
         row = tl.load(delta + at_lse, mask=query < N, other=0.0)

@@ -67,7 +67,7 @@ def backward(
         window = walker + step * walkers
         q = tl.load(first + at, mask=inside, other=0.0)  # (N, D)
         k = tl.load(first + stride_part + at, mask=inside, other=0.0)
-        v = tl.load(first + 2 * stride_part + at, mask=inside, other=0.0)
+        v = tl.load(first + stride_part + stride_part + at, mask=inside, other=0.0)
         do = tl.load(dout + first_out + at_out, mask=inside, other=0.0)
         z = tl.load(lse + (window.to(tl.int64) * heads + head) * N + token, mask=token < N, other=0.0)
 
