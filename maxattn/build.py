@@ -46,6 +46,7 @@ def build(spec: str | Path | dict[str, Any] | MaxViTSpec, **overrides: Any) -> M
         act=full.act,
         padding=full.padding,
     )
+    stem.selective = full.grad_checkpointing == "selective"
     rates = _drop_path_rates(full)
     widths = [full.stem.width, *(stage.width for stage in full.stages)]
     stages = [_stage(stage, widths[number], rates[number], full.backend) for number, stage in enumerate(full.stages)]

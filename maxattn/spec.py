@@ -43,6 +43,8 @@ from maxattn.settings import (
 if TYPE_CHECKING:
     from maxattn.summary import Summary
 
+Checkpointing = Literal[False, True, "selective"]
+
 
 class _Layer(CommonSettings):
     @model_serializer(mode="wrap")
@@ -110,7 +112,9 @@ class StageSpec(LayerSettings):
     width: PositiveInt = Field(description="Channels.")
     depth: PositiveInt = Field(description="Blocks.")
     stride: Literal[1, 2] = Field(2, description="Of the first block.")
-    grad_checkpointing: bool = Field(False, description="In training keep each block's input, and compute it again.")
+    grad_checkpointing: Checkpointing = Field(
+        False, description="What training computes again to save memory: selective: norms, activations; true: all."
+    )
     layers: Annotated[tuple[Layer, ...], AfterValidator(not_empty)] = Field(
         DEFAULT_LAYERS, description="The layers of each block."
     )
@@ -180,7 +184,7 @@ class MaxViTSpec(LayerSettings):
     stages: Annotated[tuple[StageSpec, ...], AfterValidator(not_empty)] = Field(description="From the image on.")
     head: HeadSpec = MLPHeadSpec()
     drop_path_rate: Rate = Field(0.0, description="Stochastic depth of the last block; it grows linearly from 0.")
-    grad_checkpointing: bool = Field(False, description="Of every stage that does not say otherwise.")
+    grad_checkpointing: Checkpointing = Field(False, description="Of every stage that does not say otherwise.")
     backend: str | None = Field(None, description="Backend of every Max-SA: a name or a comma list; None: chosen.")
 
     @model_validator(mode="after")

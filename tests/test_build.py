@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from threading import Thread
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import maxattn
 from maxattn.nn import Downsample, MaxViT, MBConv, RelPosTable
-from maxattn.ops.naive import Naive
-from maxattn.ops.registry import registered
 
 SMALL = {
     "in_chans": 2,
@@ -215,54 +210,6 @@ def test_set_input_size_with_a_window_sets_every_window() -> None:
     assert {attention.window for attention in model.attentions()} == {(4, 5)}
     assert maxattn.build(model.spec).state_dict().keys() == model.state_dict().keys()
     assert model.spec.resolved().stages[1].layers[1].window == (4, 5)
-
-
-def test_gradient_checkpointing_changes_no_gradient() -> None:
-    model, x = small(), torch.randn(2, 2, 10, 11)
-    plain = copy.deepcopy(model)
-    model.set_grad_checkpointing()
-    for network in (model, plain):
-        network(x).square().sum().backward()
-    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert ours.grad.equal(theirs.grad), name
-
-
-def test_the_spec_says_which_stages_checkpoint() -> None:
-    model = small(grad_checkpointing=True, **{"stages.0.grad_checkpointing": False})
-    assert [stage.checkpointing for stage in model.stages] == [False, True]
-    assert [stage.checkpointing for stage in maxattn.build(model.spec).stages] == [False, True]
-    for enable in (True, False):
-        model.set_grad_checkpointing(enable)
-        assert [stage.checkpointing for stage in model.stages] == [enable] * 2
-        assert [stage.checkpointing for stage in maxattn.build(model.spec).stages] == [enable] * 2
-
-
-def test_gradient_checkpointing_recomputes_with_the_backend_that_was_forced() -> None:
-    class Counting(Naive):
-        name = "counting"
-        calls = 0
-
-        def attend(self, qkv: Tensor, bias: Tensor | None, problem: maxattn.Problem) -> Tensor:
-            Counting.calls += 1
-            return super().attend(qkv, bias, problem)
-
-    model = small()
-    model.set_grad_checkpointing()
-    with registered(Counting()):
-        with maxattn.use_backend("counting"):
-            loss = model(torch.randn(2, 2, 10, 11)).square().sum()
-        backward = Thread(target=loss.backward)
-        backward.start()
-        backward.join()
-    assert Counting.calls == 2 * len(list(model.attentions()))
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_gradient_checkpointing_compiles() -> None:
-    model, x = small(), torch.randn(2, 2, 8, 8)
-    model.set_grad_checkpointing()
-    torch.compile(model, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_param_groups_hold_every_parameter_once_and_decay_only_matrices() -> None:

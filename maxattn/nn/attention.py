@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from maxattn.nn.basic import ACTIVATIONS, token_norm, update
+from maxattn.nn.checkpointing import Selective
 from maxattn.nn.rel_pos import RelPosLogMLP, RelPosTable
 from maxattn.ops.call import check_groups, window_pair
 from maxattn.ops.contract import Axis
@@ -72,11 +73,14 @@ class MaxAttention(nn.Module):
 
     def project(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor | None]:
         """What `max_sa` is given: qkv `(B, H, W, 3, heads, head_dim)`, and the bias `(heads, N, N)` or None."""
-        qkv_BHW3hd = self.qkv(x_BHWC).unflatten(-1, (3, self.heads, -1))
-        return qkv_BHW3hd, None if self.rel_pos is None else self.rel_pos()
+        bias = None if self.rel_pos is None else self.rel_pos()
+        return self.qkv(x_BHWC).unflatten(-1, (3, self.heads, -1)), bias
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        qkv_BHW3hd, bias = self.project(x_BHWC)
+        return self.attend(*self.project(x_BHWC))
+
+    def attend(self, qkv_BHW3hd: Tensor, bias: Tensor | None) -> Tensor:
+        """The rest of `forward`, of what `project` returns."""
         dropout_p = self.attn_drop if self.training else 0.0
         out_BHWhd = max_sa(qkv_BHW3hd, self.axis, self.window, bias, self.scale, dropout_p, self.backend)
         return self.proj_drop(self.proj(out_BHWhd.flatten(-2)))
@@ -102,10 +106,14 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return self.drop(self.second(self.fc1(x)))
+
+    def second(self, y: Tensor) -> Tensor:
+        """What comes between the Linears, and the last of them."""
+        return self.fc2(self.drop(self.act(y)))
 
 
-class AttentionLayer(nn.Module):
+class AttentionLayer(Selective):
     """Norm, Max-SA, add; norm, MLP, add. `(B, H, W, width)` to the same; `mlp_ratio` 0 leaves the MLP out."""
 
     def __init__(
@@ -132,10 +140,27 @@ class AttentionLayer(nn.Module):
             self.update2 = update(width, layer_scale, drop_path)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        x_BHWC = x_BHWC + self.update1(self.attn(self.norm1(x_BHWC)))
+        x_BHWC = x_BHWC + self.update1(self._attended(x_BHWC))
         if self.mlp is None or self.norm2 is None or self.update2 is None:
             return x_BHWC
-        return x_BHWC + self.update2(self.mlp(self.norm2(x_BHWC)))
+        y_BHWC = self.part(self._hidden, x_BHWC)
+        y_BHWC = self.mlp.drop(self.part(self.mlp.second, y_BHWC, random=self.mlp.drop.p > 0))
+        return x_BHWC + self.update2(y_BHWC)
+
+    def watched(self) -> bool:
+        """Whether a hook on attention must be shown what that is given."""
+        return bool(self.attn._forward_pre_hooks or self.attn._forward_hooks)
+
+    def _attended(self, x_BHWC: Tensor) -> Tensor:
+        if self.watched():
+            return self.attn(self.norm1(x_BHWC))
+        return self.attn.attend(*self.part(self._projected, x_BHWC))
+
+    def _projected(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.attn.project(self.norm1(x_BHWC))
+
+    def _hidden(self, x_BHWC: Tensor) -> Tensor:
+        return self.mlp.fc1(self.norm2(x_BHWC))  # type: ignore[misc,union-attr]
 
 
 def _rel_pos(kind: str, heads: int, window: tuple[int, int], hidden: int) -> RelPosTable | RelPosLogMLP | None:

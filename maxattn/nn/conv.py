@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maxattn.nn.basic import ACTIVATIONS, conv_norm, update
+from maxattn.nn.checkpointing import Selective
 
 Padding = Literal["same", "symmetric"]
 
@@ -82,7 +83,7 @@ class Downsample(Shortcut):
         return super().forward(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class MBConv(nn.Module):
+class MBConv(Selective):
     """Pre-norm inverted bottleneck: norm, 1x1 up, depthwise, squeeze-excitation, 1x1 down, add (MaxViT, appendix A.1).
 
     Args:
@@ -134,10 +135,20 @@ class MBConv(nn.Module):
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         x = x_BHWC.permute(0, 3, 1, 2)
-        y = self.act(self.norm1(self.conv1(self.pre_norm(x))))
-        y = self.act(self.norm2(self.conv2(y)))
-        y = self.conv3(y if self.se is None else self.se(y))
+        y = self.part(self._expanded, x)
+        y = self.part(self._filtered, y)
+        y = self.part(self._projected, y)
         return self.shortcut(x).permute(0, 2, 3, 1) + self.update(y.permute(0, 2, 3, 1))
+
+    def _expanded(self, x: Tensor) -> Tensor:
+        return self.conv1(self.pre_norm(x))
+
+    def _filtered(self, y: Tensor) -> Tensor:
+        return self.conv2(self.act(self.norm1(y)))
+
+    def _projected(self, y: Tensor) -> Tensor:
+        y = self.act(self.norm2(y))
+        return self.conv3(y if self.se is None else self.se(y))
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:

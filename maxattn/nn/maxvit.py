@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from maxattn.nn.attention import MaxAttention
+from maxattn.nn.checkpointing import Checkpointing, Selective, recomputed
 from maxattn.nn.head import Head
 from maxattn.nn.init import init_weights
 from maxattn.nn.rel_pos import RelPosTable
-from maxattn.ops.dispatch import eager_override, use_backend
 
 if TYPE_CHECKING:
     from maxattn.spec import MaxViTSpec
@@ -48,31 +46,25 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution, the first of which changes width and resolution.
+    """Blocks at one resolution, the first of which changes width and resolution."""
 
-    With `checkpointing` training keeps each block's input alone, and computes the rest again in the backward pass.
-    """
-
-    def __init__(self, blocks: Iterable[Block], checkpointing: bool = False) -> None:
+    def __init__(self, blocks: Iterable[Block], checkpointing: Checkpointing = False) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
+        self.set_checkpointing(checkpointing)
+
+    def set_checkpointing(self, checkpointing: Checkpointing) -> None:
+        """What training keeps for the backward pass: see `Checkpointing`."""
         self.checkpointing = checkpointing
+        for module in self.modules():
+            if isinstance(module, Selective):
+                module.selective = checkpointing == "selective"
 
     def forward(self, x: Tensor) -> Tensor:
+        whole = self.checkpointing is True and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = _checkpointed(block, x)
-            else:
-                x = block(x)
+            x = recomputed(block, block, x) if whole else block(x)
         return x
-
-
-def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
-    """`block(x)`, to be recomputed in the backward pass: by the same backend, whichever thread that runs in."""
-    if torch.compiler.is_compiling():
-        return checkpoint(block, x, use_reentrant=False)
-    names = eager_override()
-    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), use_backend(names)))
 
 
 class MaxViT(nn.Module):
@@ -139,15 +131,17 @@ class MaxViT(nn.Module):
             module.set_window(layer.window)  # type: ignore[arg-type]  # a pair, in a settled layer
         self.spec = spec
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only each block's input and recompute the rest in the backward pass.
+    def set_grad_checkpointing(self, enable: Checkpointing = True) -> None:
+        """What training computes again in the backward pass instead of keeping it; gradients are the same.
 
-        Of every stage; the spec's `grad_checkpointing` says it of each.
+        Args:
+            enable: True: all but each block's input. "selective": norms, activations and gates, all that costs little.
+                False: nothing. This is for the stem and every stage; the spec's `grad_checkpointing` says it of each.
         """
         self.spec = self.spec.override_everywhere(grad_checkpointing=enable)
-        for module in self.modules():
-            if isinstance(module, Stage):
-                module.checkpointing = enable
+        self.stem.selective = enable == "selective"
+        for stage in self.stages:
+            stage.set_checkpointing(enable)
 
     def attentions(self) -> Iterator[MaxAttention]:
         """Every Max-SA module, in order."""

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from maxattn.nn.basic import ACTIVATIONS
+from maxattn.nn.checkpointing import Selective
 from maxattn.nn.conv import Conv2d, Padding
 
 
-class Stem(nn.Module):
+class Stem(Selective):
     """Convolution, norm, activation, convolution: image `(B, in_chans, H, W)` to NHWC of `ceil(size / stride)`."""
 
     def __init__(
@@ -31,5 +32,8 @@ class Stem(nn.Module):
         self.conv2 = Conv2d(width, width, kernel_size, 1, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        return self.conv2(self.act(self.norm(self.conv1(x)))).permute(0, 2, 3, 1)
+        y = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        return self.part(self._second, y).permute(0, 2, 3, 1)
+
+    def _second(self, y: Tensor) -> Tensor:
+        return self.conv2(self.act(self.norm(y)))

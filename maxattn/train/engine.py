@@ -123,6 +123,8 @@ class _Run:
         self.steps = len(train_images) // self.batch_size
         torch.manual_seed(recipe.seed)
         model = build(config.spec).to(device)
+        if recipe.compile:
+            model.compile()
         self.classifier = Classifier(model, folder.classes, recipe.mean, recipe.std)
         groups = model.param_groups(lr=recipe.lr, weight_decay=recipe.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -133,6 +135,8 @@ class _Run:
     def run_epoch(self, bar: Bar, check: Callable[[], None]) -> dict[str, float]:
         """The rest of the epoch and the evaluation after it. `check` is called between steps, and may raise."""
         model, started, first = self.classifier.model.train(), time.perf_counter(), self.step
+        if self.recipe.compile and not self.history:
+            bar.advance(0, description=f"{self._where()}, compiling")
         for pixels, labels in self.train_images.batches(self._epoch_indices()[self.step :]):
             check()
             self._step(model, pixels, labels)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from tiny_training import CLASSES, RECIPE, SPEC, write_stripes
 from torch import Tensor
+from torch import _dynamo as compiler
 
 import maxattn
 from maxattn.ops import registry
@@ -304,6 +305,20 @@ def test_mixed_precision_computes_in_bf16_and_keeps_the_weights_in_fp32(stripes:
     train_acting(0, note, configure(epochs=1, amp="bf16"), stripes, tmp_path / "out")
     assert seen == [torch.bfloat16]
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.float32, torch.int64}
+
+
+def test_a_compiled_network_learns_the_same(stripes: Path, tmp_path: Path) -> None:
+    spec = {**SPEC, "drop_path_rate": 0.0, "stages": [{"width": 16, "depth": 1, "layers": ["block"]}]}
+    compiler.reset()
+    compiler.utils.counters.clear()
+    results = []
+    for asked in (False, True):
+        recipe = {**RECIPE, "epochs": 1, "batch_size": 24, "compile": asked}
+        results += train(TrainConfig.read({"spec": spec, "recipe": recipe}), stripes, tmp_path / str(asked))
+        assert (compiler.utils.counters["frames"]["ok"] > 0) == asked
+    plain, compiled = results
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
+    assert weights(tmp_path / "True").keys() == weights(tmp_path / "False").keys()
 
 
 @pytest.mark.parametrize("recipe", [{"batch_size": 1000}, {"flip": True}, {"clip_grad": None}, {"warmup": 0.5}])
