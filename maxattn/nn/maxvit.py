@@ -51,10 +51,6 @@ class Stage(nn.Module):
     def __init__(self, blocks: Iterable[Block], checkpointing: Checkpointing = False) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.set_checkpointing(checkpointing)
-
-    def set_checkpointing(self, checkpointing: Checkpointing) -> None:
-        """What training keeps for the backward pass: see `Checkpointing`."""
         self.checkpointing = checkpointing
         for module in self.modules():
             if isinstance(module, Selective):
@@ -139,9 +135,11 @@ class MaxViT(nn.Module):
                 False: nothing. This is for the stem and every stage; the spec's `grad_checkpointing` says it of each.
         """
         self.spec = self.spec.override_everywhere(grad_checkpointing=enable)
-        self.stem.selective = enable == "selective"
-        for stage in self.stages:
-            stage.set_checkpointing(enable)
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.checkpointing = enable
+            elif isinstance(module, Selective):
+                module.selective = enable == "selective"
 
     def attentions(self) -> Iterator[MaxAttention]:
         """Every Max-SA module, in order."""

@@ -87,7 +87,7 @@ def candidates(key: Key) -> list[Launch]:
 def _measure(key: Key, launch: Launch, problem: Problem) -> Measured:
     P_h, P_w = problem.window
     ragged = replace(problem, batch=2, height=2 * P_h + 1, width=2 * P_w)
-    same = replace(problem, batch=min(problem.batch, 2))  # how work is shared depends on the size of an image
+    same = replace(problem, batch=min(problem.batch or 2, 2))  # how work is shared depends on the size of an image
     try:
         start = perf_counter()
         over = _over_budget(ragged) or _over_budget(same)
