@@ -13,6 +13,7 @@ import pytest
 import torch
 from random_weights import randomise
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maxattn
@@ -20,6 +21,7 @@ from maxattn.inference import InferenceMaxViT, network, onednn
 from maxattn.nn import MaxViT
 from maxattn.testing.budget import UNITS
 
+LOADS_DECOMPOSITIONS = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 SMALL = {
     "num_classes": 5,
     "head_dim": 8,
@@ -192,6 +194,13 @@ class TestTheSameNumbers:
             gradients.append(x.grad)
         assert_equal_in_fp64(gradients[1], gradients[0])
 
+    @LOADS_DECOMPOSITIONS
+    def test_derivatives_in_forward_mode(self) -> None:
+        model, x = small(act="relu"), images()
+        with maxattn.use_backend("naive"):
+            ours, plain = (torch.func.jvp(m, (x,), (x,))[1] for m in (maxattn.optimize_for_inference(model), model))
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+
     def test_gradients_of_the_image_where_onednn_serves(self) -> None:
         model = small()
         gradients = []
@@ -223,6 +232,20 @@ class TestLessWork:
         assert norms
         assert not any(list(norm.parameters()) for norm in norms)
 
+    def test_no_file_holds_what_is_made_of_the_weights(self) -> None:
+        optimized = maxattn.optimize_for_inference(small())
+        assert {name.rpartition(".")[2] for name in optimized.state_dict()} == {"weight", "bias"}
+
+    def test_what_is_made_of_the_weights_follows_them(self) -> None:
+        model = small()
+        first, second = (maxattn.optimize_for_inference(m) for m in (model, small(act="relu", layer_scale=0.3)))
+        first.to(torch.bfloat16).load_state_dict(second.state_dict())
+        qkv, expected = (next(m.attentions()).qkv for m in (first, second.to(torch.bfloat16)))
+        assert qkv.column_sums.dtype == torch.float32
+        assert qkv.column_sums.equal(expected.weight.float().sum(1))
+        taps = first.stages[0].blocks[0].layers[0].conv2
+        assert taps.laid_out.equal(taps.weight[:, 0].permute(1, 2, 0))
+
     def test_biases_are_laid_out_for_fused_kernels(self) -> None:
         optimized = maxattn.optimize_for_inference(small())
         for attention in optimized.attentions():
@@ -231,6 +254,7 @@ class TestLessWork:
             assert bias.stride() == (9 * 16, 16, 1)
             assert bias.data_ptr() == attention.rel_pos.bias.data_ptr()
 
+    @LOADS_DECOMPOSITIONS
     def test_onednn_declines_what_it_cannot_do(self) -> None:
         x, weight = torch.zeros(2, 4), torch.zeros(3, 4)
         assert onednn.serves(x, weight)
@@ -238,6 +262,11 @@ class TestLessWork:
         assert not onednn.serves(x, weight.bfloat16())
         assert not onednn.serves(x.to("meta"), weight)
         assert not onednn.serves(x.clone().requires_grad_(), weight)
+        with forward_ad.dual_level():
+            assert not onednn.serves(forward_ad.make_dual(x, x), weight)
+        answers: list[bool] = []
+        torch.func.vmap(lambda x: [answers.append(onednn.serves(x, weight)), x][1])(x)
+        assert answers == [False]
         with torch.autocast("cpu", torch.bfloat16):
             assert not onednn.serves(x, weight)
         with without_onednn():
@@ -249,7 +278,7 @@ class TestCompiled:
         from torch._inductor.utils import run_and_get_code
 
         model, x = small(), images()
-        optimized = maxattn.optimize_for_inference(model, compile=True)
+        optimized = maxattn.optimize_for_inference(maxattn.optimize_for_inference(model), compile=True)
         with torch.no_grad():
             out, codes = run_and_get_code(optimized, x)
         assert len(codes) == 3

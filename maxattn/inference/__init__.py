@@ -25,17 +25,17 @@ def optimize_for_inference(
     Linears run in oneDNN with packed weights and the activation inside, "same" padding copies nothing, and few images
     at a time go through a stage of a large batch. On an NVIDIA GPU in fp16 and bf16, where triton is installed, kernels
     of our own fuse what lies between the products: norms, gates, residuals, MBConv's pooling. Outputs differ from the
-    plain network's by rounding. Move the network to its device and dtype first; it can be moved later, but not be
-    compiled for another device.
+    plain network's by rounding. Make it from the fp32 model and move the result to its device and dtype: weights are
+    rounded once then. To compile it, call this function on it again.
 
     Args:
         model: what `maxattn.build` made, of any spec; or a result of this function, which is copied.
-        compile: False: nothing is compiled, any size runs at once. True: on the CPU, `torch.compile` compiles each
-            stage with its weights frozen. On a GPU `forward` alone is replayed as a CUDA graph: of our kernels where
-            they serve, which takes moments to record, else of what `torch.compile` makes. "max-autotune":
-            `torch.compile` in any case, and each matrix product takes the fastest of several kernels, which lengthens
-            compilation. Every new size of image or batch is compiled or recorded at its first call, which takes up to
-            minutes where it is compiled; where sizes vary, leave it off.
+        compile: for the device and dtype that `model` has. False: nothing is compiled, any size runs at once. True: on
+            the CPU, `torch.compile` compiles each stage with its weights frozen. On a GPU `forward` alone is replayed
+            as a CUDA graph: of our kernels where they serve and MBConvs fuse, which takes moments to record, else of
+            what `torch.compile` makes. "max-autotune": `torch.compile` in any case, and each matrix product takes the
+            fastest of several kernels, which lengthens compilation. Every new size of image or batch is compiled or
+            recorded at its first call, which takes up to minutes where it is compiled; where sizes vary, leave it off.
 
     Returns:
         An `InferenceMaxViT`: `forward`, `forward_features`, `forward_head` and `features` as before. What would train

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maxattn.inference import gpu
+from maxattn.inference.fixed import take_over
 from maxattn.nn import AttentionLayer, MBConv, Stem
 from maxattn.ops.max_sa import max_sa
 
@@ -19,11 +20,11 @@ class FusedStem(Stem):
     """A stem in two kernels, which read the image as it lies and add the biases."""
 
     def __init__(self, stem: Stem) -> None:
-        _take_over(self, stem)
-        self._fuses = self.conv1.gpu_kernel == self.conv2.gpu_kernel == "convolution" and _folded(stem.norm, stem.act)
+        take_over(self, stem)
+        self.fuses = self.conv1.gpu_kernel == self.conv2.gpu_kernel == "convolution" and _folded(stem.norm, stem.act)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self._fuses and gpu.serves(x, self.conv1.weight)):
+        if not (self.fuses and gpu.serves(x, self.conv1.weight)):
             return super().forward(x)
         return self.conv2(self.conv1(x)).permute(0, 2, 3, 1)
 
@@ -36,13 +37,13 @@ class FusedMBConv(MBConv):
     """
 
     def __init__(self, layer: MBConv) -> None:
-        _take_over(self, layer)
+        take_over(self, layer)
         kernels = [conv.gpu_kernel for conv in (self.conv1, self.conv2, self.conv3)]
         norms = (self.pre_norm, self.norm1, self.norm2, self.act)
-        self._fuses = kernels == ["pointwise", "depthwise", "pointwise"] and _folded(*norms)
+        self.fuses = kernels == ["pointwise", "depthwise", "pointwise"] and _folded(*norms)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        if not (self._fuses and gpu.serves(x_BHWC, self.conv1.weight)):
+        if not (self.fuses and gpu.serves(x_BHWC, self.conv1.weight)):
             return super().forward(x_BHWC)
         y, mean = self.conv2.depthwise(self.conv1.pointwise(x_BHWC), pooled=self.se is not None)
         shortcut = self.shortcut(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -59,12 +60,11 @@ class FusedAttentionLayer(AttentionLayer):
     """An attention layer in which norms are part of the product after them, and residuals of the one before."""
 
     def __init__(self, layer: AttentionLayer) -> None:
-        _take_over(self, layer)
+        take_over(self, layer)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         attn, mlp = self.attn, self.mlp
-        watched = attn._forward_pre_hooks or attn._forward_hooks  # whoever watches is shown what attention is given
-        if watched or not gpu.serves(x_BHWC, attn.proj.weight):
+        if self.watched() or not gpu.serves(x_BHWC, attn.proj.weight):
             return super().forward(x_BHWC)
         qkv_BHW3hd = attn.qkv.after_norm(self.norm1, x_BHWC).unflatten(-1, (3, attn.heads, -1))
         bias = None if attn.rel_pos is None else attn.rel_pos()
@@ -80,12 +80,6 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     MBConv: FusedMBConv,
     AttentionLayer: FusedAttentionLayer,
 }
-
-
-def _take_over(fused: nn.Module, layer: nn.Module) -> None:
-    """Make `fused` a module with all that `layer` has."""
-    nn.Module.__init__(fused)
-    vars(fused).update(vars(layer))
 
 
 def _folded(*parts: nn.Module) -> bool:

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maxattn.inference.blocks import FUSED
+from maxattn.inference.fixed import FIXED_NORMS, Fixed
 from maxattn.inference.fold import Affine, Weights, split
 from maxattn.inference.layers import FusedConv2d, FusedLinear
 from maxattn.nn import AttentionLayer, Head, MaxViT, MBConv, RelPosLogMLP, RelPosTable, Shortcut, SqueezeExcite, Stem
 from maxattn.nn.basic import LayerScale
 
 
-class GatheredBias(nn.Module):
+class GatheredBias(Fixed):
     """The relative position bias of one window, gathered: `forward()` gives `(heads, N, N)`.
 
     Its rows start at multiples of 8 values, as fused kernels read them.
@@ -52,10 +53,11 @@ def convert(model: MaxViT) -> None:
             module.pre_logits = None if module.pre_logits is None else _linear(module.pre_logits)
             module.drop = nn.Identity()
             module.fc = None if module.fc is None else _linear(module.fc)
+    successors = FUSED | FIXED_NORMS
     for module in list(model.modules()):
         for name, part in list(module.named_children()):
-            if type(part) in FUSED:
-                setattr(module, name, FUSED[type(part)](part))
+            if type(part) in successors:
+                setattr(module, name, successors[type(part)](part))
 
 
 def _stem(stem: Stem) -> None:
@@ -86,7 +88,7 @@ def _attention_layer(layer: AttentionLayer) -> None:
     layer.norm2, affine = split(layer.norm2)
     layer.mlp.fc1 = FusedLinear(_weights(layer.mlp.fc1).after(affine), layer.mlp.act)
     layer.mlp.act = nn.Identity()
-    layer.mlp.drop = nn.Identity()
+    layer.mlp.drop = nn.Dropout(0.0)
     layer.mlp.fc2 = FusedLinear(_scaled(_weights(layer.mlp.fc2), layer.update2))
     layer.update2 = nn.Sequential()
 

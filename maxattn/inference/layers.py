@@ -5,7 +5,7 @@ On the CPU oneDNN computes them, on a GPU the kernels of `maxattn.inference.gpu`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,14 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maxattn.inference import gpu, onednn
+from maxattn.inference.fixed import Fixed
 from maxattn.inference.fold import Weights
 from maxattn.nn.conv import Conv2d, same_padding
 
 
-class Fused(nn.Module):
-    """Weights, fixed from now on, and an activation; other layouts of them, as kernels want it, are kept beside them.
+class Fused(Fixed):
+    """Weights, fixed from now on, and an activation; what kernels want of them besides is kept beside them.
 
-    In-place changes of the weights by other ways than `load_state_dict` and `to` go unseen.
+    For oneDNN that is made at the first call. For a GPU it is small, and in buffers that no file holds, so that a
+    compiler's graph takes it and does not make it in every call. In-place changes of the weights by other ways than
+    `load_state_dict` and `to` go unseen.
     """
 
     def __init__(self, weights: Weights, act: nn.Module | None = None) -> None:
@@ -32,13 +35,14 @@ class Fused(nn.Module):
         self._gpu_act = gpu.name_of(self.act) or ""
         self._packed: dict[Any, Tensor] = {}
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Fused:
+    def _changed(self) -> None:
+        super()._changed()
         self._packed = {}
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._lay_out()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = {}
-        super()._load_from_state_dict(*args, **kwargs)
+    def _lay_out(self) -> None:
+        """Make the buffers from the weights."""
+        raise NotImplementedError
 
     def __getstate__(self) -> Mapping[str, Any]:
         """For copies: packed weights cannot be copied, and are packed again."""
@@ -47,17 +51,21 @@ class Fused(nn.Module):
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, bias={self.bias is not None}"
 
-    def _laid_out(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` makes of the weights, kept; in a compiled graph, part of that."""
-        if torch.compiler.is_compiling():
-            return make()
-        if name not in self._packed:
-            self._packed[name] = make()
-        return self._packed[name]
-
 
 class FusedLinear(Fused):
-    """A Linear over the last dimension, and an activation."""
+    """A Linear over the last dimension, and an activation.
+
+    `column_sums (out)`, in fp32 whatever the dtype of the weights, are what a layer norm within the product needs.
+    """
+
+    column_sums: Tensor
+
+    def __init__(self, weights: Weights, act: nn.Module | None = None) -> None:
+        super().__init__(weights, act)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        self.register_buffer("column_sums", self.weight.detach().float().sum(1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._gpu_act and gpu.serves(x, self.weight):
@@ -77,10 +85,9 @@ class FusedLinear(Fused):
     def after_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         """`self(norm(x))`, where the kernels of a GPU serve: few channels are not normed in a pass of their own."""
         how = gpu.normed_by(norm)
-        if how is None or not self._gpu_act or not gpu.norms_within(x):
+        if how is None or not self._gpu_act or not gpu.norms_within(x.shape[-1]):
             return self(norm(x))
-        column_sums = self._laid_out("column_sums", lambda: self.weight.float().sum(1))
-        return gpu.normed_pointwise(x, self.weight, self.bias, self._gpu_act, *how, column_sums)
+        return gpu.normed_pointwise(x, self.weight, self.bias, self._gpu_act, *how, self.column_sums)
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """`residual + self(x)`, where the kernels of a GPU serve."""
@@ -97,7 +104,12 @@ class FusedLinear(Fused):
 
 
 class FusedConv2d(Fused):
-    """A convolution of channels-last `(B, in, H, W)` and an activation; padded as the one it is made from."""
+    """A convolution of channels-last `(B, in, H, W)` and an activation; padded as the one it is made from.
+
+    `laid_out` are its weights as the kernel of a GPU reads them, where that is not how they lie.
+    """
+
+    laid_out: Tensor
 
     def __init__(self, conv: nn.Conv2d, weights: Weights, act: nn.Module | None = None) -> None:
         super().__init__(weights, act)
@@ -105,6 +117,16 @@ class FusedConv2d(Fused):
         self.padding = [int(side) for side in conv.padding]
         self.pads_by_size = isinstance(conv, Conv2d) and conv.pads_by_size
         self.gpu_kernel = gpu.kernel_for(self.weight, self.stride, self.groups) if self._gpu_act else None
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        if self.gpu_kernel == "depthwise":
+            self._buffer(self.weight[:, 0].permute(1, 2, 0))
+        elif self.gpu_kernel == "convolution":
+            self._buffer(self.weight.permute(0, 2, 3, 1))
+
+    def _buffer(self, weight: Tensor) -> None:
+        self.register_buffer("laid_out", weight.detach().clone(memory_format=torch.contiguous_format), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gpu_kernel is not None and gpu.serves(x, self.weight):
@@ -128,9 +150,8 @@ class FusedConv2d(Fused):
 
     def depthwise(self, x_BHWC: Tensor, *, pooled: bool) -> tuple[Tensor, Tensor | None]:
         """A depthwise one on a GPU, from NHWC to NHWC; and, if `pooled`, its mean `(B, out)` over pixels."""
-        weight = self._laid_out("channels last", lambda: self.weight[:, 0].permute(1, 2, 0).contiguous())
         sides = self._sides(*x_BHWC.shape[1:3])
-        return gpu.depthwise(x_BHWC, weight, self.bias, self._gpu_act, self.stride[0], sides, pooled=pooled)
+        return gpu.depthwise(x_BHWC, self.laid_out, self.bias, self._gpu_act, self.stride[0], sides, pooled=pooled)
 
     def _on_gpu(self, x: Tensor) -> Tensor:
         """The result in NHWC."""
@@ -138,8 +159,7 @@ class FusedConv2d(Fused):
             return self.pointwise(x.permute(0, 2, 3, 1))
         if self.gpu_kernel == "depthwise":
             return self.depthwise(x.permute(0, 2, 3, 1), pooled=False)[0]
-        weight = self._laid_out("channels last", lambda: self.weight.permute(0, 2, 3, 1).contiguous())
-        return gpu.convolution(x, weight, self.bias, self._gpu_act, self.stride[0], self._sides(*x.shape[2:]))
+        return gpu.convolution(x, self.laid_out, self.bias, self._gpu_act, self.stride[0], self._sides(*x.shape[2:]))
 
     def _sides(self, *size: int) -> list[int]:
         """The padding at the top, the bottom, the left and the right."""

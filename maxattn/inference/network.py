@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from maxattn.inference import gpu
+from maxattn.inference.blocks import FusedMBConv
 from maxattn.inference.convert import convert
-from maxattn.inference.graphs import Graphs
+from maxattn.inference.fixed import Changes, Fixed
+from maxattn.inference.graphs import CUDAGraphs, Graphs
 from maxattn.inference.layers import Fused
-from maxattn.nn import MaxViT
+from maxattn.inference.values import values_alone
+from maxattn.nn import MaxViT, MBConv
+from maxattn.ops.dispatch import asked, eager_override
 
 PLAIN = "do so with the plain model, then maxattn.optimize_for_inference(model)"
 BYTES_AT_ONCE = 32 << 20
@@ -46,7 +50,7 @@ class DepthFirst(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self.blocks(x)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad), self._frozen():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not values_alone(x)), self._frozen():
             parts = [self.blocks(part) for part in x.tensor_split(self._passes(x))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -88,22 +92,42 @@ class InferenceMaxViT(MaxViT):
         super().__init__(stem, stages, parts.head, parts.spec)  # type: ignore[arg-type]
         self.requires_grad_(False)
         self.eval()
+        changes = Changes()
+        for module in self.modules():
+            if isinstance(module, Fixed):
+                module.changes = changes
+        self._changes = changes
         self._graph: Callable[[Tensor], Tensor] | None = None
+        self._hooks: Sequence[Any] = ()
 
     def compile_for_device(self, autotune: bool) -> None:
         """Compile for the device that the weights are on, at the first call for each size of image."""
-        if next(self.parameters()).device.type == "cpu":
+        inside = (module for module in self.modules() if module is not self)
+        self._hooks = [hooks for module in inside for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+        weight, plain = next(self.parameters()), super().forward
+        if not autotune and gpu.made_for(weight) and self._fuses():
+            self._graph = Graphs(plain, self._changes, self._choices())
+        elif weight.device.type == "cpu":
             for part in (part for part in self.modules() if isinstance(part, DepthFirst)):
                 part.blocks.compile(dynamic=False, mode="max-autotune-no-cudagraphs" if autotune else "default")
-        elif not autotune and gpu.made_for(next(self.parameters())):
-            self._graph = Graphs(super().forward)  # nothing is left to fuse
         else:
-            mode = "max-autotune" if autotune else "reduce-overhead"
-            compiled = torch.compile(super().forward, mode=mode)
-            self._graph = lambda x: compiled(x).clone()  # the next call overwrites what a CUDA graph has written
+            compiled = torch.compile(plain, mode="max-autotune" if autotune else "reduce-overhead")
+            serves = CUDAGraphs().serves
+            # The next call overwrites what a CUDA graph has written.
+            self._graph = lambda x: compiled(x).clone() if serves(x) else plain(x)
+
+    def _fuses(self) -> bool:
+        """Whether the kernels of a GPU leave a compiler nothing to fuse in the widest layers."""
+        return all(isinstance(m, FusedMBConv) and m.fuses for m in self.modules() if isinstance(m, MBConv))
+
+    def _choices(self) -> Callable[[], Hashable]:
+        """A function for what decides about backends, now."""
+        attentions = list(self.attentions())
+        return lambda: (asked(None, eager_override()), tuple(attention.backend for attention in attentions))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._graph is None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        """As of `MaxViT`; what is recorded or compiled shows nothing to hooks, so that they have the layers run."""
+        if self._graph is None or torch.compiler.is_compiling() or any(self._hooks) or not values_alone(x):
             return super().forward(x)
         with torch.no_grad():
             return self._graph(x)
@@ -113,26 +137,13 @@ class InferenceMaxViT(MaxViT):
             raise RuntimeError(f"a network made for inference cannot be trained: {PLAIN}")
         return super().train(False)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> InferenceMaxViT:
-        self._forget()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._forget()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _forget(self) -> None:
-        """What is recorded reads the weights where they were."""
-        if isinstance(self._graph, Graphs):
-            self._graph.forget()
-
     def reset_classifier(self, num_classes: int) -> NoReturn:
         raise RuntimeError(f"a network made for inference keeps its classifier: {PLAIN}")
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(f"a network made for inference keeps its windows, whose biases are gathered: {PLAIN}")
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: bool | str = True) -> None:
         if enable:
             raise RuntimeError(f"a network made for inference has no gradients to checkpoint for: {PLAIN}")
 
@@ -141,4 +152,4 @@ class InferenceMaxViT(MaxViT):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which are not compiled."""
-        return {**super().__getstate__(), "_graph": None}  # type: ignore[no-untyped-call]
+        return {**super().__getstate__(), "_graph": None, "_hooks": ()}  # type: ignore[no-untyped-call]

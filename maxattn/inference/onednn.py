@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from maxattn.inference.values import values_alone
+
 ops = torch.ops.mkldnn
 
 
@@ -36,13 +38,13 @@ def post_op(act: nn.Module) -> PostOp | None:
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's operators can be called on these, now: not for gradients, a compiler or autocast."""
+    """Whether oneDNN's operators can be called on these, now: not for derivatives, a compiler or autocast."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and values_alone(x, weight)
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
         and _has(x.dtype)

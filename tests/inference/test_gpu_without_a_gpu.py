@@ -90,6 +90,19 @@ def test_the_floor_is_that_of_what_takes_longer() -> None:
     assert cost.seconds(bytes_per_second=1000, flops_per_second=10) == 100
 
 
+@pytest.mark.parametrize(("width", "passes"), [(512, 0), (520, 2), (528, 2)])
+def test_a_norm_apart_is_a_pass_that_reads_and_writes(width: int, passes: int) -> None:
+    with torch.device("meta"):
+        model = maxattn.build({"head_dim": 8, "stages": [{"width": width, "depth": 1, "layers": ["block", "grid"]}]})
+    norms = [cost for cost in costs(model, 3, (8, 8)) if cost.kind == "norm"]
+    assert [cost.bytes for cost in norms] == [2 * 3 * 2 * 2 * width * 2] * (2 * passes)
+
+
+def test_channels_whose_loads_would_be_narrow_are_not_fused() -> None:
+    assert [C for C in (16, 24, 64, 72, 120, 128, 144) if gpu.mlp_within(C)] == [16, 64, 128]
+    assert [C for C in (16, 24, 64, 72, 120, 512, 528) if gpu.norms_within(C)] == [16, 64, 512]
+
+
 @pytest.mark.parametrize("columns", [16, 24, 64, 96, 192, 3072])
 @pytest.mark.parametrize("depth", [16, 64, 96, 256])
 def test_tiles_have_sides_that_a_kernel_takes(depth: int, columns: int) -> None:

@@ -13,19 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maxattn.inference.gpu import launches
+from maxattn.inference.values import values_alone
 
 DEVICES = frozenset({"cuda"})
 DTYPES = frozenset({torch.float16, torch.bfloat16})
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels can be called on these, now: not for gradients, autocast, an export or nothing at all."""
+    """Whether the kernels can be called on these, now: not for derivatives, autocast, an export or nothing at all."""
     return (
         made_for(x)
         and x.device == weight.device
         and x.dtype == weight.dtype
         and x.numel() > 0
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and values_alone(x, weight)
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_exporting()
     )
@@ -78,13 +79,13 @@ def kernel_for(weight: Tensor, stride: list[int], groups: int) -> str | None:
 
 
 def mlp_within(channels: int) -> bool:
-    """Whether an MLP has so few channels that it is one kernel."""
-    return channels <= launches.MLP_CHANNELS
+    """Whether an MLP has so few channels that it is one kernel, and as many as its loads can be wide."""
+    return channels <= launches.MLP_CHANNELS and channels % launches.ALIGNED == 0
 
 
-def norms_within(x: Tensor) -> bool:
-    """Whether `x` has so few channels that its norm belongs into the product after it."""
-    return x.shape[-1] <= launches.NORM_CHANNELS
+def norms_within(channels: int) -> bool:
+    """Whether a norm of so many channels belongs into the product after it."""
+    return channels <= launches.NORM_CHANNELS and channels % launches.ALIGNED == 0
 
 
 def pointwise(
@@ -97,11 +98,11 @@ def pointwise(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `reference.pointwise` without a norm. A product with only what cuBLASLt does after it is left to cuBLASLt."""
-    if gate is None and residual is None and x.is_cuda and act in launches.LIBRARY:
+    if gate is None and residual is None and act in launches.LIBRARY:
         if act == "none":
             return F.linear(x, weight, bias)
         if bias is not None:
-            y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=act == "gelu_tanh")
+            y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=act != "relu")
             return y.view(*x.shape[:-1], -1)
     from maxattn.inference.gpu import ops
 

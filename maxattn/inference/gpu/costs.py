@@ -87,6 +87,11 @@ def convolution(pixels: Pixels, weight: tuple[int, ...], stride: int, itemsize: 
     return itemsize * (pixels.total * weight[1] + product + weight[0] + out * weight[0]), 2 * out * product
 
 
+def norm(rows: int, width: int, itemsize: int) -> tuple[int, int]:
+    """Bytes `2 s M C` of a pass of its own; its operations are negligible."""
+    return itemsize * 2 * rows * width, 0
+
+
 def attention(pixels: Pixels, attn: MaxAttention, width: int, itemsize: int) -> tuple[int, int]:
     """Bytes `4 s B H W C`, and the bias once; `2 * 2 C` operations a query-key pair, of tokens that exist."""
     _, height, columns = pixels
@@ -151,6 +156,8 @@ def _mbconv(name: str, layer: MBConv, pixels: Pixels, itemsize: int) -> Iterator
 def _attention_layer(name: str, layer: AttentionLayer, pixels: Pixels, itemsize: int) -> Iterator[Cost]:
     attn, rows = layer.attn, pixels.total
     width = attn.proj.weight.shape[0]
+    if not gpu.norms_within(width):
+        yield Cost(f"{name}.norm1", "norm", *norm(rows, width, itemsize))
     yield Cost(f"{name}.attn.qkv", "qkv", *pointwise(rows, attn.qkv.weight.shape, itemsize))
     yield Cost(f"{name}.attn", "attention", *attention(pixels, attn, width, itemsize))
     yield Cost(f"{name}.attn.proj", "proj", *pointwise(rows, attn.proj.weight.shape, itemsize, added=True))
@@ -160,6 +167,8 @@ def _attention_layer(name: str, layer: AttentionLayer, pixels: Pixels, itemsize:
     if gpu.mlp_within(width):
         yield Cost(f"{name}.mlp", "mlp", *mlp(rows, up, itemsize))
     else:
+        if not gpu.norms_within(width):
+            yield Cost(f"{name}.norm2", "norm", *norm(rows, width, itemsize))
         yield Cost(f"{name}.mlp.fc1", "mlp", *pointwise(rows, up, itemsize))
         yield Cost(f"{name}.mlp.fc2", "mlp", *pointwise(rows, down, itemsize, added=True))
 

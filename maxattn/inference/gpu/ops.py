@@ -19,6 +19,7 @@ from maxattn.inference.gpu.kernels import convolution as convolution_kernel
 from maxattn.inference.gpu.kernels import depthwise as depthwise_kernel
 from maxattn.inference.gpu.kernels import mlp as mlp_kernel
 from maxattn.inference.gpu.kernels import pointwise as pointwise_kernel
+from maxattn.ops.devices import on_device_of
 
 COMPILED = isinstance(pointwise_kernel.pointwise, JITFunction)
 _operator: Callable[..., Any] = triton_op if COMPILED else custom_op
@@ -42,11 +43,12 @@ def pointwise(
     (N, K), pixels = weight.shape, 1 if gate is None else x[0, ..., 0].numel()
     M = x.numel() // K
     tile = launches.pointwise(M, N, K)
-    _launch(pointwise_kernel.pointwise, _tiles(M, tile.rows) * _tiles(N, tile.columns))(
-        x, weight, _or(bias, x), _or(gate, x), _or(column_sums, x), _or(residual, x), out, M, N, K, pixels, eps,
-        ACT=act, NORM=norm, GATED=gate is not None, BIASED=bias is not None, ADDED=residual is not None,
-        EVEN_K=K % tile.depth == 0, **_blocks(tile),
-    )  # fmt: skip
+    with on_device_of(x):
+        _launch(pointwise_kernel.pointwise, _tiles(M, tile.rows) * _tiles(N, tile.columns))(
+            x, weight, _or(bias, x), _or(gate, x), _or(column_sums, x), _or(residual, x), out, M, N, K, pixels, eps,
+            ACT=act, NORM=norm, GATED=gate is not None, BIASED=bias is not None, ADDED=residual is not None,
+            EVEN_K=K % tile.depth == 0, **_blocks(tile),
+        )  # fmt: skip
     return out
 
 
@@ -64,12 +66,13 @@ def mlp(
     """As `reference.mlp`, of at most `launches.MLP_CHANNELS` channels."""
     x, (hidden, C) = x.contiguous(), weight1.shape
     out, M, tile = torch.empty_like(x), x.numel() // C, launches.mlp(C)
-    _launch(mlp_kernel.mlp, _tiles(M, tile.rows))(
-        x, weight1.contiguous(), _or(bias1, x), weight2.contiguous(), _or(bias2, x), out, M, C, hidden, eps,
-        ACT=act, NORM=norm, BIASED_1=bias1 is not None, BIASED_2=bias2 is not None,
-        EVEN_C=tile.columns == C, EVEN_H=hidden % tile.depth == 0,
-        BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_H=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    with on_device_of(x):
+        _launch(mlp_kernel.mlp, _tiles(M, tile.rows))(
+            x, weight1.contiguous(), _or(bias1, x), weight2.contiguous(), _or(bias2, x), out, M, C, hidden, eps,
+            ACT=act, NORM=norm, BIASED_1=bias1 is not None, BIASED_2=bias2 is not None,
+            EVEN_C=tile.columns == C, EVEN_H=hidden % tile.depth == 0,
+            BLOCK_M=tile.rows, BLOCK_C=tile.columns, BLOCK_H=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return out
 
 
@@ -81,12 +84,13 @@ def depthwise(
     out, means = depthwise_outputs(x, weight, bias, act, stride, padding, pooled)
     B, out_H, out_W, C = out.shape
     strip, runs, strips = _cut(out, stride)
-    _launch(depthwise_kernel.depthwise, B * runs * strips * _tiles(C, strip.channels))(
-        x.contiguous(), weight.contiguous(), _or(bias, x), out, means,
-        *x.shape[1:], out_H, out_W, padding[0], padding[2], runs, strips,
-        ACT=act, STRIDE=stride, BIASED=bias is not None, POOLED=pooled,
-        ROWS=strip.rows, BLOCK_W=strip.columns, BLOCK_C=strip.channels, STAGES=strip.stages, num_warps=strip.warps,
-    )  # fmt: skip
+    with on_device_of(x):
+        _launch(depthwise_kernel.depthwise, B * runs * strips * _tiles(C, strip.channels))(
+            x.contiguous(), weight.contiguous(), _or(bias, x), out, means,
+            *x.shape[1:], out_H, out_W, padding[0], padding[2], runs, strips,
+            ACT=act, STRIDE=stride, BIASED=bias is not None, POOLED=pooled,
+            ROWS=strip.rows, BLOCK_W=strip.columns, BLOCK_C=strip.channels, STAGES=strip.stages, num_warps=strip.warps,
+        )  # fmt: skip
     return out, means
 
 
@@ -97,12 +101,13 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, stride
     B, out_H, out_W, N = out.shape
     _, kernel_h, kernel_w, channels = weight.shape
     tile, M = launches.convolution(channels, N), B * out_H * out_W
-    _launch(convolution_kernel.convolution, _tiles(M, tile.rows) * _tiles(N, tile.columns))(
-        x, weight.contiguous(), _or(bias, x), out,
-        M, N, *x.shape[2:], out_H, out_W, x.stride(0), *x.stride()[2:], x.stride(1), padding[0], padding[2],
-        ACT=act, STRIDE=stride, BIASED=bias is not None, CHANNELS=channels, KERNEL_H=kernel_h, KERNEL_W=kernel_w,
-        **_blocks(tile),
-    )  # fmt: skip
+    with on_device_of(x):
+        _launch(convolution_kernel.convolution, _tiles(M, tile.rows) * _tiles(N, tile.columns))(
+            x, weight.contiguous(), _or(bias, x), out,
+            M, N, *x.shape[2:], out_H, out_W, x.stride(0), *x.stride()[2:], x.stride(1), padding[0], padding[2],
+            ACT=act, STRIDE=stride, BIASED=bias is not None, CHANNELS=channels, KERNEL_H=kernel_h, KERNEL_W=kernel_w,
+            **_blocks(tile),
+        )  # fmt: skip
     return out
 
 

@@ -40,8 +40,8 @@ def convolution(
             pixel = start // CHANNELS
             down, across = pixel // KERNEL_W, pixel % KERNEL_W
             inside = ((y + down >= 0) & (y + down < H) & (x_column + across >= 0) & (x_column + across < W))[:, None]
-            first = down * stride_h + across * stride_w + (start - pixel * CHANNELS) * stride_c
-            a = tl.load(at + first + k[None, :] * stride_c, mask=inside, other=0.0)
+            first = down * stride_h + across * stride_w + (start - pixel * CHANNELS).to(tl.int64) * stride_c
+            a = tl.load(at + first + k.to(tl.int64)[None, :] * stride_c, mask=inside, other=0.0)
             w = tl.load(weight_at + start)
         else:
             pixel = (start + k) // CHANNELS
@@ -50,7 +50,7 @@ def convolution(
             in_y = (y[:, None] + down[None, :] >= 0) & (y[:, None] + down[None, :] < H)
             in_x = (x_column[:, None] + across[None, :] >= 0) & (x_column[:, None] + across[None, :] < W)
             known = (start + k < K)[None, :]
-            offset = down * stride_h + across * stride_w + channel * stride_c
+            offset = down * stride_h + across * stride_w + channel.to(tl.int64) * stride_c
             a = tl.load(at + offset[None, :], mask=in_y & in_x & known, other=0.0)
             w = tl.load(weight_at + start, mask=known, other=0.0)
         acc = dot(a, tl.trans(w), acc)

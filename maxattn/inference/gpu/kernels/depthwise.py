@@ -19,9 +19,10 @@ def depthwise(
 
     A program owns BLOCK_W columns and BLOCK_C channels of ROWS rows of the output: a strip of a run. It goes down the
     rows of the image and keeps the sums that each has begun, so that a pixel is loaded once for each of the kernel's
-    columns: from memory the first time, then from the cache. Pixels outside are zeros that no one has written: `top`
-    and `left` are the padding there, and at the bottom and the right it is whatever the output's size needs. The means
-    over pixels come in parts, one a program, summed in fp32 before activations are rounded: their sum is the mean.
+    columns: from memory the first time, then from L2, or with STAGES 1 from L1, which loads of a pipeline pass by.
+    Pixels outside are zeros that no one has written: `top` and `left` are the padding there, and at the bottom and the
+    right it is whatever the output's size needs. The means over pixels come in parts, one a program, summed in fp32
+    before activations are rounded: their sum is the mean.
     """
     channel_tiles = tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0)

@@ -21,7 +21,7 @@ def pointwise(
     after the product, of which it is a function: `((x - mean) / std) W^T = (x W^T - mean sum_k W) / std`. So x is given
     to the tensor cores as it is, and its mean and variance are summed as it passes. They are summed of x less the first
     channel of each row, for a variance does not cancel then; the difference above does so only as far as the rounding
-    of x itself has lost more.
+    of x itself has lost more. Of equal channels, whose variance is nothing, the norm is nothing too.
 
     Offsets are counted from the first element of a tile: only that is a number of 64 bits.
     """
@@ -66,7 +66,8 @@ def pointwise(
         mean = total / K
         variance = tl.maximum(squares / K - mean * mean, 0.0)
         sums = tl.load(column_sums + column, mask=exists, other=0.0)
-        acc = (acc - (mean + shift)[:, None] * sums[None, :]) * tl.rsqrt(variance + in_fp32(eps))[:, None]
+        scale = tl.where(variance > 0.0, tl.rsqrt(variance + in_fp32(eps)), 0.0)
+        acc = (acc - (mean + shift)[:, None] * sums[None, :]) * scale[:, None]
     if NORM == "rms_norm":
         acc *= tl.rsqrt(squares / K + in_fp32(eps))[:, None]
     if BIASED:
