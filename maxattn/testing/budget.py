@@ -66,8 +66,15 @@ def collect(out: Tensor, leaves: dict[str, Tensor], grad_out: Tensor, *, retain:
     return results
 
 
-def shares(results: dict[str, Tensor], inputs: Inputs, problem: Problem, naive: Naive = NAIVE) -> dict[str, Share]:
-    """The error of every result and what the budget allows for it, in the largest absolute value and in the 2-norm.
+class Allowance(NamedTuple):
+    """What a result may be off by in one norm: `fixed`, and `magnitude` times the rounding of its dtype."""
+
+    fixed: float
+    magnitude: float
+
+
+class Budget(NamedTuple):
+    """What is exact for some inputs, and how far from it a backend may be, by name of the result and norm.
 
     Allowed is `|backend - fp64| <= 2 |naive in the same dtype - fp64| + eps`, where fp64 is `naive` on the same
     numbers in double precision, and `eps` some units of rounding times the magnitude of what the result is summed from:
@@ -84,24 +91,43 @@ def shares(results: dict[str, Tensor], inputs: Inputs, problem: Problem, naive: 
       Where a token attends to little but itself the difference is near 0, and its rounding is that of `delta`. The
       terms of `P v` and of the gradient of v may cancel too, but are summed in fp32: they count for its roundings.
     """
-    watched = _Watched(naive)
-    exact = reference(inputs, problem, torch.float64, watched)
-    coarse = exact if problem.dtype == torch.float64 else reference(inputs, problem, None, naive)
-    terms = _Terms.of(inputs, problem, exact["out"], watched.weights)
-    logits = _size_of_logits(inputs, problem)
-    found = {}
-    for name, expected in exact.items():
-        of_result, of_sums = _epsilons(results[name].dtype, problem.dtype)
-        of_sums *= EXPONENTIAL + logits + (_windows(inputs, problem) if name == "dbias" else problem.tokens) ** 0.5
-        for norm, units in UNITS.items():
-            of_rounded = max(_norm(expected, norm), _norm(terms.rounded.get(name, expected), norm))
-            of_summed = max(of_rounded, _norm(terms.summed.get(name, expected), norm))
-            allowed = 2 * _norm(coarse[name] - expected, norm)
-            allowed += (UNITS_FP64 if problem.dtype == torch.float64 else units) * (
-                of_result * of_rounded + of_sums * of_summed
-            )
-            found[f"{name} ({norm})"] = Share(_norm(results[name] - expected, norm), allowed)
-    return found
+
+    dtype: torch.dtype
+    exact: dict[str, Tensor]
+    allowed: dict[tuple[str, str], Allowance]
+
+    @classmethod
+    def of(cls, inputs: Inputs, problem: Problem, naive: Naive) -> Budget:
+        watched = _Watched(naive)
+        exact = reference(inputs, problem, torch.float64, watched)
+        coarse = exact if problem.dtype == torch.float64 else reference(inputs, problem, None, naive)
+        terms = _Terms.of(inputs, problem, exact["out"], watched.weights)
+        logits = _size_of_logits(inputs, problem)
+        allowed = {}
+        for name, expected in exact.items():
+            roundings = EXPONENTIAL + logits + (_windows(inputs, problem) if name == "dbias" else problem.tokens) ** 0.5
+            of_sums = torch.finfo(torch.promote_types(problem.dtype, torch.float32)).eps * roundings
+            for norm, few in UNITS.items():
+                units = UNITS_FP64 if problem.dtype == torch.float64 else few
+                of_rounded = max(_norm(expected, norm), _norm(terms.rounded.get(name, expected), norm))
+                of_summed = max(of_rounded, _norm(terms.summed.get(name, expected), norm))
+                twice = 2 * _norm(coarse[name] - expected, norm)
+                allowed[name, norm] = Allowance(twice + units * of_sums * of_summed, units * of_rounded)
+        return cls(problem.dtype, exact, allowed)
+
+    def shares(self, results: dict[str, Tensor]) -> dict[str, Share]:
+        """The error of every result and what is allowed for it, in the largest absolute value and in the 2-norm."""
+        found = {}
+        for (name, norm), (fixed, magnitude) in self.allowed.items():
+            eps = max(torch.finfo(each).eps for each in (results[name].dtype, self.dtype))
+            error = _norm(results[name] - self.exact[name], norm)
+            found[f"{name} ({norm})"] = Share(error, fixed + eps * magnitude)
+        return found
+
+
+def shares(results: dict[str, Tensor], inputs: Inputs, problem: Problem, naive: Naive = NAIVE) -> dict[str, Share]:
+    """The error of every result and what the `Budget` of these inputs allows for it."""
+    return Budget.of(inputs, problem, naive).shares(results)
 
 
 def told_over(found: dict[str, Share]) -> str:
@@ -111,12 +137,6 @@ def told_over(found: dict[str, Share]) -> str:
         for name, share in found.items()
         if not share.kept
     )
-
-
-def _epsilons(result: torch.dtype, dtype: torch.dtype) -> tuple[float, float]:
-    """The rounding of a result, and of the sums behind it."""
-    sums = torch.promote_types(dtype, torch.float32)
-    return max(torch.finfo(each).eps for each in (result, dtype)), torch.finfo(sums).eps
 
 
 def _norm(x: Tensor, norm: str) -> float:

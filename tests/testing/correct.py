@@ -53,7 +53,7 @@ class OnlineSoftmax(Windows):
     """Tiles of 32 keys, with a running maximum and sum."""
 
     name = "online_softmax"
-    capabilities = Capabilities(dropout=False, export=False)
+    capabilities = Capabilities(dropout=False, **EAGER)
 
     def attend_windows(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
         maximum = torch.full_like(q[..., :1], -torch.inf)
@@ -97,7 +97,7 @@ class PaddedAndMasked(Backend):
     """The image is padded with zeros to full windows, the mask of what is missing is added to the bias."""
 
     name = "padded_and_masked"
-    capabilities = Capabilities()
+    capabilities = Capabilities(**EAGER)
 
     def attend(self, qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
         (B, H, W), (P_h, P_w), grid = qkv.shape[:3], problem.window, problem.axis == "grid"
@@ -136,8 +136,8 @@ class WindowByWindow(Backend):
 
     def unsupported(self, problem: Problem) -> Sequence[Reason]:
         groups = math.prod(-(-n // P) for n, P in zip((problem.height, problem.width), problem.window, strict=True))
-        if problem.batch * groups > 400:
-            return [Reason("size", "more than 400 windows take too long", "a smaller image or batch")]
+        if problem.batch * groups > 100:
+            return [Reason("size", "more than 100 windows take too long", "a smaller image or batch")]
         return ()
 
     def attend(self, qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
