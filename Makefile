@@ -53,6 +53,10 @@ $(VENV)/.with-test $(VENV)/.with-demo: $(VENV)/.with-%: $(VENV)/.with-core
 $(VENV)/.with-bench: $(VENV)/.with-core
 	@echo "installing what 'make bench' draws plots with in $(VENV)"
 	@$(PIP) -e '.[plot]'
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not (torch.version.cuda and torch.cuda.is_available()))'; then \
+	  echo "installing the backends for its GPU in $(VENV)"; \
+	  $(PIP) -e backends/triton -e backends/flex; \
+	fi
 	@touch $@
 
 # torchvision is built for one build of torch and would bring another with it; the models need no more than its Python.

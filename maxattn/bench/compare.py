@@ -1,15 +1,27 @@
-"""Candidates for one case: each is built, called once, checked, and only then timed beside the others."""
+"""Candidates for one case: each is built, called, checked, and only then timed beside the others."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from maxattn.bench.results import Case, Mode, Row
-from maxattn.bench.timing import Call, Effort, Sampler, failure, interleaved, peak_mib, seconds
+from maxattn.bench.timing import (
+    OUT_OF_MEMORY,
+    Call,
+    Effort,
+    Sampler,
+    failure,
+    free,
+    graphs_mib,
+    interleaved,
+    peak_mib,
+    release,
+    seconds,
+)
 
+ALONE = "timed by itself, for memory does not suffice for all at once"
 Show = Callable[[float, str], None]
 
 
@@ -21,6 +33,7 @@ class Candidate:
         make: builds it and returns the call that is timed. Whatever it raises becomes the row's note.
         wrong: what is wrong with the results of the call; empty if nothing is.
         extra_mib: of its memory, what is there before the call and belongs to it alone.
+        attention: the backends that compute its attention, where they are ours.
         note: what to know about its time.
     """
 
@@ -29,7 +42,8 @@ class Candidate:
     library: str = "maxattn"
     mode: Mode = ""
     wrong: Callable[[Call], str] = lambda call: ""
-    extra_mib: Callable[[], float] = lambda: 0.0
+    extra_mib: Callable[[Call], float] = lambda call: 0.0
+    attention: str = ""
     note: str = ""
 
 
@@ -65,15 +79,40 @@ def compare(
     sampler: Callable[[Call], Sampler],
     span: Span,
 ) -> list[Row]:
-    """A row for each candidate: its time, or why it has none. The first half of the span builds, the second times."""
-    rows: list[Row] = []
+    """A row for each candidate: its time, or why it has none. The first half of the span builds, the second times.
+
+    All are there at once and take turns. Those that memory does not suffice for are measured after the others, when
+    nothing else is there; their rows say so.
+    """
+    rows = _together(case, candidates, device, effort, sampler, span)
+    left_out = [one for one in candidates if rows[one.name].note == OUT_OF_MEMORY] if len(candidates) > 1 else []
+    end = Span(span.show, span.start + span.length, 0.0)
+    for candidate in left_out:
+        release(device)
+        row = _together(case, [candidate], device, effort, sampler, end)[candidate.name]
+        rows[candidate.name] = (
+            row if row.time is None else replace(row, note="; ".join(filter(None, (row.note, ALONE))))
+        )
+    return list(rows.values())
+
+
+def _together(
+    case: Case,
+    candidates: Sequence[Candidate],
+    device: str,
+    effort: Effort,
+    sampler: Callable[[Call], Sampler],
+    span: Span,
+) -> dict[str, Row]:
+    rows: dict[str, Row] = {}
     samplers: dict[str, Sampler] = {}
     preparing, timing = span.part(0, 2), span.part(1, 2)
     for number, candidate in enumerate(candidates):
         preparing.tell(number / len(candidates), f"{candidate.name}: build and check")
-        row, found = _prepared(case, candidate, device, sampler)
-        rows.append(row)
-        if found is not None:
+        rows[candidate.name], found = _prepared(case, candidate, device, sampler)
+        if found is None:
+            free(device)
+        else:
             samplers[candidate.name] = found
     samples, expected = 0, max(1, effort.least * len(samplers))
 
@@ -82,26 +121,37 @@ def compare(
         samples += 1
         timing.tell(samples / expected, "timing")
 
-    times = interleaved(samplers, effort, done) if samplers else {}
-    return [replace(row, time=times.get(row.candidate)) for row in rows]
+    def dropped(name: str, why: str) -> None:
+        rows[name] = replace(rows[name], note=why)
+        del samplers[name]
+        free(device)
+
+    times = interleaved(samplers, effort, done, dropped) if samplers else {}
+    return {name: replace(row, time=times.get(name)) for name, row in rows.items()}
 
 
 def _prepared(
     case: Case, candidate: Candidate, device: str, sampler: Callable[[Call], Sampler]
 ) -> tuple[Row, Sampler | None]:
-    row = Row(case=case, candidate=candidate.name, library=candidate.library, mode=candidate.mode)
+    row = Row(
+        case=case,
+        candidate=candidate.name,
+        library=candidate.library,
+        mode=candidate.mode,
+        attention=candidate.attention,
+    )
     try:
+        kept = graphs_mib(device)
         call = candidate.make()
         first_call = seconds(call, device)
-        mib = peak_mib(call, device)  # now, for the second call records a CUDA graph, and later ones allocate nothing
+        call()  # some record their CUDA graph in the first call and some in the second: afterwards all have
         wrong = candidate.wrong(call)
         if wrong:
             return replace(row, note=f"not timed, its results are wrong: {wrong}"), None
-        mib += candidate.extra_mib()
+        mib = peak_mib(call, device) + graphs_mib(device) - kept + candidate.extra_mib(call)
         return replace(row, first_call=first_call, mib=mib, note=candidate.note), sampler(call)
     except NotMeasured as reason:
         note = str(reason)
     except Exception as error:  # of any library: it must not stop the others
         note = failure(error)
-    gc.collect()
     return replace(row, note=note), None

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from maxattn.bench.compare import Show, silent
 from maxattn.bench.machine import this_machine
-from maxattn.bench.results import Mode, Result, Row, Time
+from maxattn.bench.results import Keep, Mode, Result, Row, Time, lose
 from maxattn.bench.timing import seconds
 from maxattn.ops.contract import Backend, Problem
 from maxattn.ops.dispatch import ENVIRONMENT_VARIABLE, use_backend
@@ -50,7 +50,7 @@ class _OneOperation(_Nothing):
         return _values(qkv)
 
 
-def measure(rounds: int = 100, calls: int = 200, show: Show = silent) -> Result:
+def measure(rounds: int = 100, calls: int = 200, show: Show = silent, keep: Keep = lose) -> Result:
     """`max_sa` with a backend that does nothing, against a direct call of its `attend`.
 
     Each round times `calls` calls of each kind in turn, so that what disturbs the machine disturbs all of them; what a
@@ -81,7 +81,9 @@ def measure(rounds: int = 100, calls: int = 200, show: Show = silent) -> Result:
     with registered(_OneOperation()), _asking(None, None):
         rows += _compiled(qkv, bias, window, rounds, calls)
     settings: dict[str, str | int | float] = {"goal_us": GOAL_US, "rounds": rounds, "calls": calls}
-    return Result(kind="dispatch", machine=this_machine(), settings=settings, rows=tuple(rows))
+    result = Result(kind="dispatch", machine=this_machine(), settings=settings, rows=tuple(rows))
+    keep(result)
+    return result
 
 
 def _values(qkv: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from maxattn.bench.attention import Asked, attention_backends, attention_problems
 from maxattn.bench.compare import Candidate, NotMeasured, Show, Span, compare, silent
 from maxattn.bench.machine import this_machine
 from maxattn.bench.networks import (
@@ -23,11 +25,12 @@ from maxattn.bench.networks import (
     missing,
     specs_of,
     variants,
+    work_of,
 )
 from maxattn.bench.peers import timm_network
-from maxattn.bench.results import Mode, Result, Row
-from maxattn.bench.timing import Call, Effort, release, wall_clock
-from maxattn.inference import optimize_for_inference
+from maxattn.bench.results import Keep, Mode, Result, lose
+from maxattn.bench.timing import Call, Effort, copy_bandwidth, fastest_convolutions, release, wall_clock
+from maxattn.inference import gpu, optimize_for_inference
 from maxattn.spec import MaxViTSpec, pair
 
 UNCHECKED = "another architecture: its logits are compared with nothing"
@@ -46,6 +49,7 @@ def measure(
     beside: Sequence[str] = (),
     effort: Effort | None = None,
     show: Show = silent,
+    keep: Keep = lose,
 ) -> Result:
     """Every way to compute the logits of a batch: time and peak memory beyond weights and images.
 
@@ -56,6 +60,8 @@ def measure(
         specs: presets, spec files or specs.
         peers: whether timm's and torchvision's same architecture is measured too, in both memory layouts.
         beside: names of other networks of timm, whose logits are compared with nothing.
+        show: is told how far it is.
+        keep: is given the result so far after each case, and at last the finished one.
 
     Example:
         >>> result = measure(["nano"], batches=[1], modes=["eager"], effort=Effort(least=2, most=2, sample=0))
@@ -64,25 +70,40 @@ def measure(
     """
     effort = effort or Effort()
     wanted = [(spec, batch) for spec in specs_of(specs, img_size) for batch in batches]
-    rows: list[Row] = []
+    result = Result(kind="model", machine=this_machine(device), settings=_settings(device, effort), checked=True)
+    result = replace(result, finished=False)
     for number, (spec, batch) in enumerate(wanted):
         span = Span(show).part(number, len(wanted))
         span.tell(0, f"{spec.name}: weights")
         images = images_of(spec, batch, dtype, device)
         found, reasons = variants(spec, peers=peers)
         references: dict[int, Reference] = {}
-        candidates = [one for variant in found for one in _candidates(variant, images, modes, references)]
+        asked = attention_problems(spec, batch, dtype, device)
+        candidates = [one for variant in found for one in _candidates(variant, images, modes, asked, references)]
         candidates += missing(reasons)
         candidates += [one for name in beside for one in _other(name, spec, images, modes)]
         case = case_facts(spec, batch, dtype)
         sampler = partial(wall_clock, device=device, effort=effort)
-        rows += compare(case, candidates, device, effort, sampler, span)
+        with fastest_convolutions():
+            rows = compare(case, candidates, device, effort, sampler, span)
+        result = result.plus(rows, [] if device == "cpu" else work_of(spec, batch, dtype))
+        keep(result)
         release(device)
-    return Result(kind="model", machine=this_machine(device), rows=tuple(rows))
+    result = replace(result, finished=True)
+    keep(result)
+    return result
+
+
+def _settings(device: str, effort: Effort) -> dict[str, str | int | float]:
+    return {} if device == "cpu" else {"cudnn_benchmark": "on", "bytes_per_second": copy_bandwidth(device, effort)}
 
 
 def _candidates(
-    variant: Variant, images: Tensor, modes: Sequence[Mode], references: dict[int, Reference]
+    variant: Variant,
+    images: Tensor,
+    modes: Sequence[Mode],
+    asked: Sequence[Asked],
+    references: dict[int, Reference],
 ) -> list[Candidate]:
     def wrong(call: Call) -> str:
         key = id(variant.plain)
@@ -99,11 +120,24 @@ def _candidates(
         network = copy.deepcopy(variant.plain).eval().to(images)
         return _inferring(optimize_for_inference(network, compile=mode == "compiled"), images)
 
+    def attention(make: Callable[[Mode], Call], mode: Mode) -> str:
+        if variant.library != "maxattn":
+            return ""
+        recorded = make is optimized and gpu.made_for(images)  # not compiled, so the choice is made in eager code
+        return attention_backends(asked, compiling=mode == "compiled" and not recorded)
+
     made = {variant.name: plain}
     if variant.library == "maxattn":
         made = {"maxattn plain": plain, "maxattn optimized": optimized}
     return [
-        Candidate(name=f"{name}, {mode}", library=variant.library, mode=mode, make=partial(make, mode), wrong=wrong)
+        Candidate(
+            name=f"{name}, {mode}",
+            library=variant.library,
+            mode=mode,
+            make=partial(make, mode),
+            wrong=wrong,
+            attention=attention(make, mode),
+        )
         for name, make in made.items()
         for mode in modes
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from maxattn.bench.compare import Candidate, NotMeasured
-from maxattn.bench.peers import LIBRARIES, Peer, find_peers
-from maxattn.bench.results import Case
+from maxattn.bench.peers import LIBRARIES, find_peers
+from maxattn.bench.results import Case, Work
 from maxattn.build import build
+from maxattn.inference.gpu.costs import costs
 from maxattn.nn import MaxViT
 from maxattn.presets import load_spec
 from maxattn.spec import MaxViTSpec, pair
@@ -23,8 +24,6 @@ from maxattn.weights import load_weights
 Network = TypeVar("Network", bound=nn.Module)
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
-CHECKED = 2
-"""How many images of a batch are computed in fp64."""
 UNITS = {float("inf"): 4, 2.0: 1}
 """Units of rounding that the conformance kit grants a result, in the largest value and in the 2-norm."""
 
@@ -64,9 +63,8 @@ def variants(spec: MaxViTSpec, *, peers: bool) -> tuple[list[Variant], dict[str,
     plain = randomised(build(spec, drop_path_rate=0.0))
     theirs: list[Variant] = []
     for peer, network in networks:
-        same = _with_weights(peer, network)
-        if peer.spec.resolved().stages == spec.resolved().stages:
-            load_weights(plain, network.state_dict())
+        same = plain if peer.spec.resolved() == spec.resolved() else build(peer.spec, drop_path_rate=0.0)
+        load_weights(same, network.state_dict())
         theirs += [Variant(f"{peer.library}, {layout}", peer.library, layout, network, same) for layout in LAYOUTS]
     return [Variant("maxattn", "maxattn", "contiguous", plain, plain), *theirs], reasons
 
@@ -94,15 +92,16 @@ def randomised(network: Network, seed: int = 0) -> Network:
 
 
 class Reference:
-    """What a network of ours must compute: its logits of a few images in fp64, and how far its own dtype is from them.
+    """What a network of ours must compute: its logits of a batch's first and last image in fp64, and how far its own
+    dtype is from them.
 
     A candidate's may be twice as far, and some units of rounding: the rule for backends, on the logits. Another
     library's may be four times as far, for it may hold more in fewer bits.
     """
 
     def __init__(self, plain: MaxViT, images: Tensor) -> None:
-        self.count = min(CHECKED, len(images))
-        images = images[: self.count]
+        self.batch = len(images)
+        images = _ends(images)
         with torch.no_grad():
             self.exact = copy.deepcopy(plain).double()(images.double())
             coarse = plain(images).double() - self.exact
@@ -111,9 +110,9 @@ class Reference:
 
     def wrong(self, logits: Tensor, times: int = 2) -> str:
         """What is wrong with a batch's logits, allowed `times` the plain network's error; empty if nothing is."""
-        if len(logits) < self.count or logits.shape[1:] != self.exact.shape[1:]:
+        if logits.shape != (self.batch, *self.exact.shape[1:]):
             return f"the shape is {tuple(logits.shape)}"
-        error, over = logits[: self.count].double() - self.exact, []
+        error, over = _ends(logits).double() - self.exact, []
         for norm, units in UNITS.items():
             seen = _norm(error, norm)
             allowed = times * self.coarse[norm] + units * self.eps * _norm(self.exact, norm)
@@ -156,14 +155,29 @@ def case_facts(spec: MaxViTSpec, batch: int, dtype: torch.dtype) -> Case:
     }
 
 
+def work_of(spec: MaxViTSpec, batch: int, dtype: torch.dtype) -> list[Work]:
+    """By kind of layer, what the network made for inference on a GPU moves and computes at least.
+
+    Example:
+        >>> [work.kind for work in work_of(load_spec("nano"), 1, torch.bfloat16)][:3]
+        ['stem', 'expansion', 'depthwise']
+    """
+    with torch.device("meta"):
+        network = build(spec)
+    case, totals = case_facts(spec, batch, dtype), dict[str, Work]()
+    for cost in costs(network, batch, pair(spec.img_size), dtype.itemsize):
+        so_far = totals.get(cost.kind, Work(case=case, kind=cost.kind, bytes=0, flops=0))
+        totals[cost.kind] = replace(so_far, bytes=so_far.bytes + cost.bytes, flops=so_far.flops + cost.flops)
+    return list(totals.values())
+
+
 def specs_of(sources: Sequence[str | Path | MaxViTSpec], img_size: tuple[int, int] | None) -> list[MaxViTSpec]:
     return [sized_spec(source, img_size) for source in sources]
 
 
-def _with_weights(peer: Peer, network: nn.Module) -> MaxViT:
-    same = build(peer.spec, drop_path_rate=0.0)
-    load_weights(same, network.state_dict())
-    return same
+def _ends(batch: Tensor) -> Tensor:
+    """The first and the last of a batch."""
+    return batch if len(batch) == 1 else batch[[0, -1]]
 
 
 def _frozen_at_first(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

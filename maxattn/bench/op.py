@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maxattn.bench.compare import Candidate, Show, Span, compare, silent
 from maxattn.bench.machine import this_machine
-from maxattn.bench.results import Case, Result, Row, Time
+from maxattn.bench.results import Case, Keep, Result, Row, Time, lose
 from maxattn.bench.timing import Call, Effort, Sampler, captured, copy_bandwidth, on_gpu, release, wall_clock
 from maxattn.ops.contract import Axis, Problem
 from maxattn.ops.dispatch import compute_capability, list_backends
@@ -84,6 +84,7 @@ def measure(
     device: str = "cpu",
     effort: Effort | None = None,
     show: Show = silent,
+    keep: Keep = lose,
 ) -> Result:
     """Each backend on each shape: time, peak memory; and beside them the floor, and a copy of as many bytes.
 
@@ -96,6 +97,7 @@ def measure(
         backends: names, also with "+compile" for one under `torch.compile`; by default all, on CUDA the compiled
             specification too.
         show: is told how far it is.
+        keep: is given the result so far after each case, and at last the finished one.
 
     Raises:
         ValueError: for a width that heads of 32 do not divide.
@@ -115,11 +117,12 @@ def measure(
     span = Span(show)
     span.tell(0, "copy bandwidth")
     bandwidth = copy_bandwidth(device, effort)
-    rows: list[Row] = []
+    settings: dict[str, str | int | float] = {"bytes_per_second": bandwidth, "head_dim": HEAD_DIM, "bias": "float32"}
+    result = Result(kind="op", machine=this_machine(device), settings=settings, checked=True, finished=False)
     for number, (shape, axis, what) in enumerate(calls):
         case, part = shape.case(axis, dtype, what), span.part(number, len(calls))
         floor = shape.elements * dtype.itemsize * MOVED[what] / bandwidth
-        rows.append(Row(case=case, candidate="floor", library="floor", time=Time(median=floor)))
+        rows = [Row(case=case, candidate="floor", library="floor", time=Time(median=floor))]
         found = [_copy(shape, dtype, device)] if what == "forward" else []
         unable = []
         for name in names:
@@ -130,10 +133,12 @@ def measure(
             else:
                 found.append(_candidate(name, shape, problem, what, verify))
         rows += compare(case, found, device, effort, partial(_sampler, device, effort, what), part)
-        rows += unable
+        result = result.plus([*rows, *unable])
+        keep(result)
         release(device)
-    settings: dict[str, str | int | float] = {"bytes_per_second": bandwidth, "head_dim": HEAD_DIM, "bias": "float32"}
-    return Result(kind="op", machine=this_machine(device), settings=settings, rows=tuple(rows))
+    result = replace(result, finished=True)
+    keep(result)
+    return result
 
 
 def _sampler(device: str, effort: Effort, what: Pass, call: Call) -> Sampler:

@@ -70,8 +70,9 @@ def _timm(spec: MaxViTSpec) -> Peer:
         raise LookupError(f"has no {name}")
     _library("timm")
     size, settings = pair(spec.img_size), {"num_classes": spec.num_classes, "in_chans": spec.in_chans}
-    same = load_spec(name).override(img_size=size, window="img/32", **settings)
-    return Peer("timm", same, lambda: timm_network(name, size, **settings))
+    published = load_spec(name)
+    resized = {} if size == pair(published.img_size) else {"img_size": size, "window": "img/32"}
+    return Peer("timm", published.override(**resized, **settings), lambda: timm_network(name, size, **settings))
 
 
 def _torchvision(spec: MaxViTSpec) -> Peer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+CREATOR = "maxattn bench report"
+"""Who made a plot, as its file says."""
 OURS_COLOUR, THEIRS_COLOUR, LINE = "#0b6e8f", "#c9c9c9", "#444444"
 
 
@@ -24,15 +27,11 @@ def draw(result: Result, path: Path) -> bool:
     The file depends on nothing but the result and matplotlib's version.
 
     Raises:
-        ModuleNotFoundError: without matplotlib, saying how to install it.
+        ModuleNotFoundError: without matplotlib.
     """
     if result.kind not in OF_KIND or not any(row.time for row in result.rows):
         return False
-    try:
-        import matplotlib as mpl
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'maxattn[plot]'", name="matplotlib") from error
-    with mpl.rc_context(
+    with matplotlib().rc_context(
         {
             "svg.hashsalt": "maxattn",
             "svg.fonttype": "none",
@@ -44,8 +43,20 @@ def draw(result: Result, path: Path) -> bool:
         figure = OF_KIND[result.kind](result)
         figure.suptitle(f"{result.machine.gpu or result.machine.cpu}, torch {result.machine.torch}", fontsize=9)
         with replacing(path) as temporary:
-            figure.savefig(temporary, format="svg", metadata={"Date": None})
+            figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": CREATOR})
     return True
+
+
+def matplotlib() -> Any:
+    """The library, which is asked for before anything is measured for its sake.
+
+    Raises:
+        ModuleNotFoundError: where it is not installed, saying how to install it.
+    """
+    try:
+        return import_module("matplotlib")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'maxattn[plot]'", name="matplotlib") from error
 
 
 def _scaling(result: Result) -> Figure:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +47,9 @@ class Row:
         case: what was computed, in an order that suits people; rows of the same case can be compared.
         candidate: who computed it; `library` is whose code that is, `mode` whether `torch.compile` was used.
         first_call: seconds of the very first call, which compiles.
-        mib: the most memory that tensors took at once during a call, beyond what was there before.
+        mib: the most memory that tensors took at once during a warm call, beyond what was there before, and what a
+            CUDA graph of the call keeps.
+        attention: the backends that computed its attention, where they are ours.
     """
 
     case: Case
@@ -57,21 +59,46 @@ class Row:
     time: Time | None = None
     first_call: float | None = None
     mib: float | None = None
+    attention: str = ""
     note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Work:
+    """The bytes that all layers of one kind must move in a case, and their floating point operations."""
+
+    case: Case
+    kind: str
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """All rows of one run of one kind of measurement."""
+    """All rows of one run of one kind of measurement.
+
+    Attributes:
+        checked: whether what was timed was checked before, in the same run.
+        work: of the networks in `rows`, what bounds their time on this machine.
+        finished: whether no case is left to be measured.
+    """
 
     kind: Kind
     machine: Machine
     settings: dict[str, str | int | float] = field(default_factory=dict)
-    rows: tuple[Row, ...]
+    checked: bool = False
+    finished: bool = True
+    rows: tuple[Row, ...] = ()
+    work: tuple[Work, ...] = ()
 
     @property
     def file_name(self) -> str:
-        return f"{self.machine.name}-{self.kind}.json"
+        """Of its own while it is not finished, so that an older one is there until it is."""
+        return f"{self.machine.name}-{self.kind}{'' if self.finished else '-unfinished'}.json"
+
+    def plus(self, rows: Iterable[Row], work: Iterable[Work] = ()) -> Result:
+        """With what another case has given."""
+        return replace(self, rows=(*self.rows, *rows), work=(*self.work, *work))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON has it."""
@@ -79,11 +106,16 @@ class Result:
         return found
 
     def write(self, folder: Path) -> Path:
-        """Write it into `folder`, in the place of an older one of the same machine and kind; returns the path."""
+        """Write it into `folder`, in the place of an older one of the same machine and kind; returns the path.
+
+        One that is finished replaces one that is not, too.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.file_name
         with replacing(path) as temporary:
             temporary.write_bytes(_adapter().dump_json(self, indent=1) + b"\n")
+        if self.finished:
+            (folder / replace(self, finished=False).file_name).unlink(missing_ok=True)
         return path
 
     @staticmethod
@@ -99,6 +131,14 @@ class Result:
         except ValueError as error:
             raise ValueError(f"{path} holds no result of 'maxattn bench': {error}") from None
         return found
+
+
+Keep = Callable[[Result], object]
+"""Is given the result so far after each case, and at last the finished one."""
+
+
+def lose(result: Result) -> None:
+    """Keep nothing."""
 
 
 def cases(rows: Sequence[Row]) -> list[tuple[Case, list[Row]]]:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from maxattn.bench.attention import attention_backends, attention_problems
 from maxattn.bench.compare import Candidate, NotMeasured, Show, Span, compare, silent
 from maxattn.bench.machine import memory_bytes, this_machine
-from maxattn.bench.networks import Reference, case_facts, images_of, randomised
-from maxattn.bench.results import Result, Row
+from maxattn.bench.networks import (
+    Reference,
+    case_facts,
+    images_of,
+    randomised,
+)
+from maxattn.bench.results import Keep, Result, Row, lose
 from maxattn.bench.timing import Call, Effort, release, wall_clock
 from maxattn.build import build
 from maxattn.inference import optimize_for_inference
@@ -37,6 +44,7 @@ def measure(
     max_seconds: float = 60.0,
     effort: Effort | None = None,
     show: Show = silent,
+    keep: Keep = lose,
 ) -> Result:
     """The network made for inference on growing images; and the same one whose windows are the whole feature map.
 
@@ -57,7 +65,8 @@ def measure(
         raise ValueError(f"sizes must be increasing, not {', '.join(map(str, sizes))}")
     base = load_spec(source)
     windows = randomised(build(base, drop_path_rate=0.0)).eval().to(device, dtype)
-    rows: list[Row] = []
+    settings: dict[str, str | int | float] = {"max_seconds": max_seconds}
+    result = Result(kind="scaling", machine=this_machine(device), settings=settings, checked=True, finished=False)
     last: dict[str, Row] = {}
     for number, size in enumerate(sizes):
         span = Span(show).part(number, len(sizes))
@@ -70,10 +79,12 @@ def measure(
         case = case_facts(spec, batch, dtype)
         found = compare(case, candidates, device, effort, partial(wall_clock, device=device, effort=effort), span)
         last |= {row.candidate: row for row in found if row.time is not None}
-        rows += found
+        result = result.plus(found)
+        keep(result)
         release(device)
-    settings: dict[str, str | int | float] = {"max_seconds": max_seconds}
-    return Result(kind="scaling", machine=this_machine(device), settings=settings, rows=tuple(rows))
+    result = replace(result, finished=True)
+    keep(result)
+    return result
 
 
 def exponent(rows: Sequence[Row], what: str) -> float | None:
@@ -148,12 +159,13 @@ def _candidate(
     check: bool,
     expected: str,
 ) -> Candidate:
+    own = spec if name == WINDOWS else _full_attention(spec)
     networks: list[MaxViT] = []
 
     def make() -> Call:
         if expected:
             raise NotMeasured(expected)
-        network = windows if name == WINDOWS else _with_full_attention(spec, windows)
+        network = windows if name == WINDOWS else _with_weights_of(windows, own)
         if check:
             networks.append(network)
         fast, images = optimize_for_inference(network), images_of(spec, batch, dtype, device)
@@ -169,17 +181,23 @@ def _candidate(
             return ""
         return Reference(networks[0], images_of(spec, batch, dtype, device)).wrong(call())  # type: ignore[arg-type]
 
-    return Candidate(name=name, make=make, mode="eager", wrong=wrong)
+    attention = "" if expected else attention_backends(attention_problems(own, batch, dtype, device))
+    return Candidate(name=name, make=make, mode="eager", wrong=wrong, attention=attention)
 
 
-def _with_full_attention(spec: MaxViTSpec, windows: MaxViT) -> MaxViT:
-    """The same weights without position bias, windows as large as the feature maps of images of the spec's size."""
+def _full_attention(spec: MaxViTSpec) -> MaxViTSpec:
+    """Without position bias, windows as large as the feature maps of images of the spec's size."""
     size = tuple(-(-side // spec.stem.stride) for side in pair(spec.img_size))
     whole = {}
     for number, stage in enumerate(spec.stages):
         size = tuple(-(-side // stage.stride) for side in size)
         whole[f"stages.{number}.window"] = size
-    full = build(spec.override(rel_pos="none", drop_path_rate=0.0, **whole))
+    return spec.override(rel_pos="none", drop_path_rate=0.0, **whole)
+
+
+def _with_weights_of(windows: MaxViT, spec: MaxViTSpec) -> MaxViT:
+    """A network without position bias, of the same weights otherwise."""
+    full = build(spec)
     weights = {name: tensor for name, tensor in windows.state_dict().items() if ".rel_pos." not in name}
     full.load_state_dict(weights)
     weight = next(windows.parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from maxattn.bench.dispatch import ADDED
-from maxattn.bench.results import Case, Result, Row, Time, cases, told
+from maxattn.bench.results import Case, Result, Row, Time, Work, cases, told
 from maxattn.bench.scaling import FULL, WINDOWS, exponent, pixels
 
 OURS = "maxattn"
@@ -57,6 +57,18 @@ def spread(time: Time) -> str:
     return "-" if time.low is None or time.high is None else f"{duration(time.low)} to {duration(time.high)}"
 
 
+def give_or_take(time: Time) -> str:
+    """Half the distance of the quartiles, in per cent of the median; nothing where they were not noted.
+
+    Example:
+        >>> give_or_take(Time(median=2.0, low=1.9, high=2.3, samples=5))
+        ' ±10%'
+    """
+    if time.low is None or time.high is None or time.median == 0:
+        return ""
+    return f" ±{short(50 * (time.high - time.low) / time.median)}%"
+
+
 def op(result: Result) -> str:
     """A table a pass: times of all backends, and how many times the floor they take; then the memory."""
     parts = []
@@ -90,7 +102,8 @@ def networks(result: Result) -> str:
         header = ("network", "median", "quartiles", "images/s", "peak MiB", "first call")
         parts.append(f"#### {told(case)}\n\n{table(header, lines, right=5)}")
         parts += _faster(timed)
-        parts += _notes(rows)
+        parts += _floor_of([work for work in result.work if work.case == case], result, timed)
+        parts += [*_attention(rows), *_notes(rows)]
     return "\n\n".join(parts)
 
 
@@ -103,12 +116,18 @@ def scaling(result: Result) -> str:
         cells = []
         for kind in (WINDOWS, FULL):
             row = of.get(kind)
-            cells += ["-", "-"] if row is None or row.time is None else [duration(row.time.median), _mib(row, None)]
+            cells += ["-", "-"] if row is None or row.time is None else [_duration(row.time), _mib(row, None)]
         size = str(case["img_size"])
         lines.append((size if "x" in size else f"{size} x {size}", *cells))
     facts = {name: value for name, value in result.rows[0].case.items() if name != "img_size"} if result.rows else {}
     return "\n\n".join(
-        [told(facts), table(header, lines, right=4), *_exponents(result), *_notes(result.rows, "img_size")]
+        [
+            told(facts),
+            table(header, lines, right=4),
+            *_exponents(result),
+            *_attention(result.rows),
+            *_notes(result.rows, "img_size"),
+        ]
     )
 
 
@@ -176,6 +195,38 @@ def _fastest(rows: Sequence[Row], library: str, mode: str) -> float | None:
     return min(times, default=None)
 
 
+def _floor_of(work: Sequence[Work], result: Result, timed: Sequence[Row]) -> list[str]:
+    """What bounds the network made for inference, by kind of layer, and how far the fastest of ours is from that."""
+    rate = result.settings.get("bytes_per_second")
+    if not work or not isinstance(rate, (int, float)):
+        return []
+    lines = [
+        (kind, short(moved / 1e9), short(flops / 1e9), duration(moved / rate))
+        for kind, moved, flops in (
+            *((one.kind, one.bytes, one.flops) for one in work),
+            ("all", sum(one.bytes for one in work), sum(one.flops for one in work)),
+        )
+    ]
+    floor = sum(one.bytes for one in work) / rate
+    best = min((row.time.median for row in timed if row.time and row.library == OURS), default=None)
+    text = "What must be moved and computed, and the floor"
+    text += "" if best is None else f"; the fastest of ours takes {best / floor:.2f} times that of all"
+    return [f"{text}:\n\n{table(('layers', 'GB', 'GFLOP', 'floor'), lines, right=3)}"]
+
+
+def _attention(rows: Sequence[Row]) -> list[str]:
+    """Which backend computed the attention of which candidates."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.time is not None and row.attention:
+            found.setdefault(row.attention, {})[row.candidate] = None
+    return ["\n".join(f"- attention by {name}: {'; '.join(whose)}" for name, whose in found.items())] if found else []
+
+
+def _duration(time: Time) -> str:
+    return duration(time.median) + give_or_take(time)
+
+
 def _wide(rows: Sequence[Row], cell: object, leave_out: Sequence[str] = ()) -> str:
     """A line a case, a column a candidate that was timed somewhere."""
     names = [
@@ -193,7 +244,7 @@ def _wide(rows: Sequence[Row], cell: object, leave_out: Sequence[str] = ()) -> s
 def _with_ratio(row: Row, floor: Row | None) -> str:
     if row.time is None:
         return "-"
-    time = short(row.time.median * 1e6)
+    time = short(row.time.median * 1e6) + give_or_take(row.time)
     if floor is None or floor.time is None or row is floor:
         return time
     return f"{time} ({row.time.median / floor.time.median:.2f})"

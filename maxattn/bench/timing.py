@@ -23,6 +23,7 @@ from maxattn.ops.registry import told
 
 Call = Callable[[], object]
 Sampler = Callable[[], float]
+OUT_OF_MEMORY = "out of memory"
 CACHE_BYTES = 2**28
 """More than any GPU's cache holds."""
 
@@ -41,23 +42,41 @@ class Effort:
 QUICK = Effort(seconds=0.2, least=2, most=5, sample=0.002)
 
 
-def interleaved(samplers: Mapping[str, Sampler], effort: Effort, done: Call = lambda: None) -> dict[str, Time]:
+def interleaved(
+    samplers: Mapping[str, Sampler],
+    effort: Effort,
+    done: Call = lambda: None,
+    dropped: Callable[[str, str], None] | None = None,
+) -> dict[str, Time]:
     """Rounds of one sample of each in turn, every second round backwards; `done` is called after each sample.
+
+    One that raises has no time, and takes no more turns: `dropped` is told its name and why, and that nothing here
+    holds it any longer. Without `dropped` the error is the caller's.
 
     Example:
         >>> times = interleaved({"a": lambda: 1.0, "b": lambda: 2.0}, Effort(least=3, most=3))
         >>> times["b"].median, times["b"].samples
         (2.0, 3)
     """
+    left = dict(samplers)
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     started, allowed = time.perf_counter(), effort.seconds * len(samplers)
     for number in range(effort.most):
         if number >= effort.least and time.perf_counter() - started > allowed:
             break
-        for name in samplers if number % 2 == 0 else reversed(list(samplers)):
-            samples[name].append(samplers[name]())
+        for name in list(left) if number % 2 == 0 else reversed(list(left)):
+            why = ""
+            try:
+                samples[name].append(left[name]())
+            except Exception as error:  # of any library
+                if dropped is None:
+                    raise
+                why = failure(error)
+            if why and dropped is not None:  # by now the error is gone, which holds all that the call had made
+                del left[name]
+                dropped(name, why)
             done()
-    return {name: Time.of(found) for name, found in samples.items()}
+    return {name: Time.of(samples[name]) for name in left}
 
 
 def wall_clock(call: Call, device: str, effort: Effort) -> Sampler:
@@ -118,17 +137,41 @@ def peak_mib(call: Call, device: str) -> float:
     return (torch.accelerator.max_memory_allocated() - before) / 2**20
 
 
+def graphs_mib(device: str) -> float:
+    """The memory that CUDA graphs keep for their tensors, in MiB, apart from all else."""
+    if device != "cuda":
+        return 0.0
+    pools = [segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] != (0, 0)]
+    return sum(segment["total_size"] for segment in pools) / 2**20
+
+
+@contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """Within the block cuDNN tries its kernels for each shape, and takes the fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def synchronize(device: str) -> None:
     if device != "cpu":
         torch.accelerator.synchronize()
 
 
-def release(device: str) -> None:
-    """Let go of what has been compiled, and of memory that is kept for later."""
-    torch.compiler.reset()
+def free(device: str) -> None:
+    """Let go of memory that nothing uses, and that is kept for later."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
+
+
+def release(device: str) -> None:
+    """Let go of what has been compiled, too."""
+    torch.compiler.reset()
+    free(device)
 
 
 def copy_bandwidth(device: str, effort: Effort) -> float:
@@ -143,7 +186,7 @@ def copy_bandwidth(device: str, effort: Effort) -> float:
 def failure(error: BaseException) -> str:
     """Why a candidate has no time, in a line."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return "out of memory"
+        return OUT_OF_MEMORY
     line = told(error)
     return line if len(line) <= 200 else f"{line[:200]} ..."
 

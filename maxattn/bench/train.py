@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maxattn.bench.attention import attention_backends, attention_problems
 from maxattn.bench.compare import Candidate, Show, Span, compare, silent
 from maxattn.bench.machine import this_machine
 from maxattn.bench.model import MODES
-from maxattn.bench.networks import Variant, case_facts, compiled, images_of, laid_out, missing, specs_of, variants
-from maxattn.bench.results import Mode, Result, Row
-from maxattn.bench.timing import Call, Effort, release, wall_clock
+from maxattn.bench.networks import (
+    Variant,
+    case_facts,
+    compiled,
+    images_of,
+    laid_out,
+    missing,
+    specs_of,
+    variants,
+)
+from maxattn.bench.results import Keep, Mode, Result, lose
+from maxattn.bench.timing import Call, Effort, fastest_convolutions, release, wall_clock
 from maxattn.spec import MaxViTSpec
 
 
@@ -31,9 +42,12 @@ def measure(
     peers: bool = True,
     effort: Effort | None = None,
     show: Show = silent,
+    keep: Keep = lose,
 ) -> Result:
     """A step on a batch that is there already: time, and peak memory with weights, gradients and the optimizer's state.
 
+    Ours is measured with checkpointing too, in eager code: each block keeps its input alone, and is computed again
+    going backward.
     Weights are in fp32, and a `dtype` of fewer bits is that of autocast. Without dropout and stochastic depth, so that
     all compute the same: the loss of the first step, and the norm of its gradient, are checked against ours in the next
     finer dtype (fp32 for autocast, fp64 for fp32), to the square root of the rounding of `dtype`.
@@ -45,20 +59,31 @@ def measure(
     """
     effort = effort or Effort()
     wanted = [(spec, batch) for spec in specs_of(specs, img_size) for batch in batches]
-    rows: list[Row] = []
+    settings: dict[str, str | int | float] = {} if device == "cpu" else {"cudnn_benchmark": "on"}
+    result = Result(kind="train", machine=this_machine(device), settings=settings, checked=True, finished=False)
     for number, (spec, batch) in enumerate(wanted):
         span = Span(show).part(number, len(wanted))
         span.tell(0, f"{spec.name}: weights")
         images = images_of(spec, batch, torch.float32, device)
         found, reasons = variants(spec, peers=peers)
         exact: dict[int, tuple[float, float]] = {}
-        candidates = [_candidate(variant, images, dtype, mode, exact) for variant in found for mode in modes]
+        asked = attention_problems(spec, batch, dtype, device, training=True)
+        attention = {mode: attention_backends(asked, compiling=mode == "compiled") for mode in MODES}
+        candidates = [
+            _candidate(variant, images, dtype, mode, exact, attention[mode]) for variant in found for mode in modes
+        ]
+        again = _candidate(_checkpointed(found[0]), images, dtype, "eager", exact, attention["eager"])
+        candidates.insert(len(modes), again)
         candidates += missing(reasons)
         case = case_facts(spec, batch, dtype)
         sampler = partial(wall_clock, device=device, effort=effort)
-        rows += compare(case, candidates, device, effort, sampler, span)
+        with fastest_convolutions():
+            result = result.plus(compare(case, candidates, device, effort, sampler, span))
+        keep(result)
         release(device)
-    return Result(kind="train", machine=this_machine(device), rows=tuple(rows))
+    result = replace(result, finished=True)
+    keep(result)
+    return result
 
 
 class Step:
@@ -95,22 +120,34 @@ class Step:
         return torch.nn.utils.get_total_norm(gradients).item()
 
 
-def _candidate(
-    variant: Variant, images: Tensor, dtype: torch.dtype, mode: Mode, exact: dict[int, tuple[float, float]]
-) -> Candidate:
-    made: list[Step] = []
+def _checkpointed(ours: Variant) -> Variant:
+    network = copy.deepcopy(ours.plain)
+    network.set_grad_checkpointing()
+    return replace(ours, name=f"{ours.name}, checkpointed", network=network)
 
+
+def _candidate(
+    variant: Variant,
+    images: Tensor,
+    dtype: torch.dtype,
+    mode: Mode,
+    exact: dict[int, tuple[float, float]],
+    attention: str = "",
+) -> Candidate:
     def make() -> Call:
-        step = Step(*laid_out(variant.network, images, variant.layout), dtype, mode)
-        made.append(step)
-        return step
+        return Step(*laid_out(variant.network, images, variant.layout), dtype, mode)
 
     def wrong(call: Call) -> str:
         key = id(variant.plain)
         if key not in exact:
             exact[key] = _exact(variant, images, dtype)
-        assert made[0].first is not None
-        return _differs(made[0].first, exact[key], dtype)
+        assert isinstance(call, Step)
+        assert call.first is not None
+        return _differs(call.first, exact[key], dtype)
+
+    def state_mib(call: Call) -> float:
+        assert isinstance(call, Step)
+        return call.state_mib()
 
     return Candidate(
         name=f"{variant.name}, {mode}",
@@ -118,7 +155,8 @@ def _candidate(
         mode=mode,
         make=make,
         wrong=wrong,
-        extra_mib=lambda: sum(step.state_mib() for step in made),
+        extra_mib=state_mib,
+        attention=attention if variant.library == "maxattn" else "",
     )
 
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from maxattn.bench.compare import Show
 from maxattn.bench.machine import device_types
-from maxattn.bench.results import Mode, Result
+from maxattn.bench.results import Keep, Mode, Result
 from maxattn.bench.timing import QUICK, Effort
 from maxattn.cli import values
 from maxattn.cli.explain_commands import AxisName
@@ -68,7 +68,9 @@ QuickOption = Annotated[
 ]
 OutOption = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Put the result among those in this folder, and write its pages anew."),
+    typer.Option(
+        metavar="FOLDER", help="Keep the result in this folder, case by case, and write its pages anew at the end."
+    ),
 ]
 
 
@@ -130,8 +132,8 @@ def op(
     def within_budget(attend: object, problem: Problem) -> None:
         verify(attend, Case(problem=problem))  # type: ignore[arg-type]
 
-    with _showing() as show:
-        result = measurement.measure(
+    with _measuring(out, as_json) as (show, keep):
+        measurement.measure(
             shapes,
             within_budget,
             axes=[one.value for one in axis or AxisName],
@@ -141,8 +143,8 @@ def op(
             device=where,
             effort=_effort(quick),
             show=show,
+            keep=keep,
         )
-    _tell(result, out, as_json)
 
 
 def model(
@@ -175,8 +177,8 @@ def model(
 
     where, kind = _device(device), _dtype(dtype, device)
     on_gpu = where == "cuda" and not quick
-    with _showing() as show:
-        result = measurement.measure(
+    with _measuring(out, as_json) as (show, keep):
+        measurement.measure(
             specs or (ON_GPU if on_gpu else (TINY,)),
             batches=batch or ((1,) if quick else (256,) if on_gpu else (1, 8)),
             img_size=None if img_size is None else values.size(img_size, "--img-size"),
@@ -187,8 +189,8 @@ def model(
             beside=beside or (OTHERS_ON_GPU if on_gpu and not specs else ()),
             effort=_effort(quick),
             show=show,
+            keep=keep,
         )
-    _tell(result, out, as_json)
 
 
 def train(
@@ -216,8 +218,8 @@ def train(
     from maxattn.bench import train as measurement
 
     where, kind = _device(device), _dtype(dtype, device)
-    with _showing() as show:
-        result = measurement.measure(
+    with _measuring(out, as_json) as (show, keep):
+        measurement.measure(
             specs or (TINY,),
             batches=batch or ((2,) if quick else (128,) if where == "cuda" else (4,)),
             img_size=None if img_size is None else values.size(img_size, "--img-size"),
@@ -227,8 +229,8 @@ def train(
             peers=peers,
             effort=_effort(quick),
             show=show,
+            keep=keep,
         )
-    _tell(result, out, as_json)
 
 
 def scaling(
@@ -260,8 +262,8 @@ def scaling(
     from maxattn.bench import scaling as measurement
 
     where, kind = _device(device), _dtype(dtype, device)
-    with _showing() as show:
-        result = measurement.measure(
+    with _measuring(out, as_json) as (show, keep):
+        measurement.measure(
             spec,
             sizes=size or (measurement.SIZES[:2] if quick else measurement.SIZES),
             batch=batch,
@@ -270,8 +272,8 @@ def scaling(
             max_seconds=max_seconds,
             effort=QUICK if quick else Effort(least=3, most=10, seconds=3.0),
             show=show,
+            keep=keep,
         )
-    _tell(result, out, as_json)
 
 
 def dispatch(out: OutOption = None, as_json: JsonOption = False) -> None:
@@ -288,9 +290,8 @@ def dispatch(out: OutOption = None, as_json: JsonOption = False) -> None:
     """
     from maxattn.bench import dispatch as measurement
 
-    with _showing() as show:
-        result = measurement.measure(show=show)
-    _tell(result, out, as_json)
+    with _measuring(out, as_json) as (show, keep):
+        measurement.measure(show=show, keep=keep)
 
 
 def report(
@@ -312,30 +313,62 @@ def report(
         typer.echo(f"no results in {folder / 'results'}; to get some: maxattn bench model --out {folder}")
 
 
-def _tell(result: Result, out: Path | None, as_json: bool) -> None:
-    """Keep the result where that is asked for, and print it."""
-    from maxattn.bench import report, tables
+@contextmanager
+def _measuring(out: Path | None, as_json: bool) -> Iterator[tuple[Show, Keep]]:
+    """Who shows how far a measurement is, and who keeps it after each case: what there is at the end is told, even if
+    that comes early. A folder that cannot take the pages is refused before."""
+    from maxattn.bench import report
+
+    latest: Result | None = None
+
+    def keep(result: Result) -> None:
+        nonlocal latest
+        latest = result
+        if out is not None:
+            result.write(out / report.RESULTS)
 
     if out is not None:
-        path = result.write(out / report.RESULTS)
-        for written in [path, *_pages(out)]:
-            typer.echo(f"wrote {written}", err=True)
+        with _without_matplotlib_told():
+            report.ready(out)
+    try:
+        with _showing() as show:
+            yield show, keep
+    finally:
+        if latest is not None:
+            _tell(latest, out, as_json)
+
+
+def _tell(result: Result, out: Path | None, as_json: bool) -> None:
+    """Print the result, and write the pages where it is kept."""
+    from maxattn.bench import report, tables
+
+    text, console = tables.OF_KIND[result.kind](result), Console()
     if as_json:
         print_json(result.to_dict())
-        return
-    text, console = tables.OF_KIND[result.kind](result), Console()
-    typer.echo(f"{result.machine}\n")
-    if console.is_terminal:
-        console.print(Markdown(text))
     else:
-        typer.echo(text)
+        typer.echo(f"{result.machine}\n")
+        if console.is_terminal:
+            console.print(Markdown(text))
+        else:
+            typer.echo(text)
+    if not result.finished:
+        typer.echo("Not finished: the run ended before all of its cases were measured", err=True)
+    if out is not None:
+        for path in (out / report.RESULTS / result.file_name, *_pages(out)):
+            typer.echo(f"wrote {path}", err=True)
 
 
 def _pages(folder: Path) -> list[Path]:
     from maxattn.bench import report
 
-    try:
+    with _without_matplotlib_told():
         return report.write(folder)
+
+
+@contextmanager
+def _without_matplotlib_told() -> Iterator[None]:
+    try:
+        yield
     except ModuleNotFoundError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from maxattn.bench import Result, Row, Time, report, tables, this_machine
+from maxattn.bench.results import Work
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
@@ -30,7 +31,15 @@ def networks() -> Result:
         ("timm, channels-last", "timm", "compiled"): 0.12,
     }
     rows = [
-        Row(case=case, candidate=f"{name}, {mode}", library=library, mode=mode, time=time(median), mib=2.5)  # type: ignore[arg-type]
+        Row(
+            case=case,
+            candidate=f"{name}, {mode}",
+            library=library,
+            mode=mode,  # type: ignore[arg-type]
+            time=time(median),
+            mib=2.5,
+            attention="sdpa" if library == "maxattn" else "",
+        )
         for (name, library, mode), median in medians.items()
     ]
     missing = Row(
@@ -59,6 +68,7 @@ def scaling() -> Result:
             library="maxattn",
             time=time(1e-7 * (n * n) ** power) if kind == "windows" or n < 1792 else None,
             mib=1e-3 * n * n,
+            attention="sdpa",
             note="" if kind == "windows" or n < 1792 else "left out: a call would take about 99 s",
         )
         for n in (224, 448, 896, 1792)
@@ -85,10 +95,87 @@ def test_tables_of_networks_tell_times_rates_and_how_much_faster_the_best_is() -
     assert "- torchvision: not installed: pip install torchvision" in text
 
 
+def test_tables_of_networks_tell_whose_attention_was_measured() -> None:
+    ours = ["maxattn plain, eager", "maxattn optimized, eager", "maxattn optimized, compiled"]
+    assert f"- attention by sdpa: {'; '.join(ours)}\n" in tables.networks(networks())
+    first, *rest = networks().rows
+    text = tables.networks(replace(networks(), rows=(replace(first, attention="triton"), *rest)))
+    assert f"- attention by triton: {ours[0]}\n- attention by sdpa: {'; '.join(ours[1:])}\n" in text
+
+
+def test_tables_of_networks_tell_what_bounds_them() -> None:
+    plain = networks()
+    work = [
+        Work(case=plain.rows[0].case, kind="depthwise", bytes=3 * 10**9, flops=2 * 10**9),
+        Work(case=plain.rows[0].case, kind="mlp", bytes=10**9, flops=10**12),
+        Work(case={"batch": 256}, kind="mlp", bytes=10**15, flops=10**15),
+    ]
+    text = tables.networks(replace(plain, work=tuple(work), settings={"bytes_per_second": 1e11}))
+    assert "| depthwise | 3 | 2 | 30 ms |" in text
+    assert "| mlp | 1 | 1,000 | 10 ms |" in text
+    assert "| all | 4 | 1,002 | 40 ms |" in text
+    assert "the fastest of ours takes 2.00 times that of all" in text
+    assert "floor" not in tables.networks(plain)
+
+
+def test_a_time_without_quartiles_has_no_spread() -> None:
+    rows = tuple(replace(row, time=row.time and Time(median=row.time.median)) for row in operator().rows)
+    assert "| grid | 100 | 400 (4.00) |" in tables.op(replace(operator(), rows=rows))
+
+
+def test_a_section_says_whether_its_machine_checked_what_it_timed(tmp_path: Path) -> None:
+    put(tmp_path, operator(), replace(elsewhere(operator()), checked=True))
+    report.write(tmp_path)
+    sections = (tmp_path / "op.md").read_text("utf-8").split("\n## ")[1:]
+    checked, unchecked = sorted(sections, key=lambda section: not section.startswith("NVIDIA H200"))
+    assert "Checked before, in the same run: every backend against the specification in fp64" in checked
+    assert report.NOT_CHECKED not in checked
+    assert report.NOT_CHECKED in unchecked
+
+
+def test_a_section_says_that_its_result_is_not_finished(tmp_path: Path) -> None:
+    put(tmp_path, operator(), replace(operator(), finished=False))
+    report.write(tmp_path)
+    finished, unfinished = (tmp_path / "op.md").read_text("utf-8").split("\n## ")[1:]
+    assert unfinished.startswith(finished.partition("\n")[0] + ", not finished\n")
+    assert "**Not finished:**" in unfinished
+    assert "ot finished" not in finished
+    assert (tmp_path / "README.md").read_text("utf-8").count("(op.md), not finished |") == 1
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    put(tmp_path, networks(), operator())
+    report.write(tmp_path)
+    (tmp_path / "logo.svg").write_text("<svg/>", encoding="utf-8")
+    (tmp_path / "scaling.md").write_text("how 'maxattn bench report' scales", encoding="utf-8")
+    (tmp_path / report.RESULTS / operator().file_name).unlink()
+    with pytest.raises(FileExistsError, match=r"scaling\.md was not written by 'maxattn bench'"):
+        report.write(tmp_path)
+    assert (tmp_path / "op.md").exists()
+    (tmp_path / "scaling.md").rename(tmp_path / "notes.md")
+    report.write(tmp_path)
+    assert not (tmp_path / "op.md").exists()
+    assert (tmp_path / "logo.svg").read_text("utf-8") == "<svg/>"
+    assert (tmp_path / "notes.md").read_text("utf-8") == "how 'maxattn bench report' scales"
+
+
+@pytest.mark.parametrize("name", ["README.md", "model.md", f"{this_machine().name}-model.svg"])
+def test_a_file_of_others_in_the_place_of_a_page_is_refused_before_anything_is_written(
+    name: str, tmp_path: Path
+) -> None:
+    put(tmp_path, networks())
+    (tmp_path / name).write_text("mine", encoding="utf-8")
+    for refusing in (report.ready, report.write):
+        with pytest.raises(FileExistsError, match=f"{name} was not written by 'maxattn bench': move it"):
+            refusing(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {report.RESULTS, name}
+    assert (tmp_path / name).read_text("utf-8") == "mine"
+
+
 def test_tables_of_the_operator_tell_multiples_of_the_floor_and_memory() -> None:
     text = tables.op(operator())
-    assert "| 8 | 56 | 64 | 7 | grid | 100 | 400 (4.00) |" in text
-    assert "| 8 | 56 | 64 | 7 | grid | 300 | 1,200 (4.00) |" in text
+    assert "| 8 | 56 | 64 | 7 | grid | 100 | 400 ±15% (4.00) |" in text
+    assert "| 8 | 56 | 64 | 7 | grid | 300 | 1,200 ±15% (4.00) |" in text
     assert "| 8 | 56 | 64 | 7 | grid | 12 |" in text
     assert "- triton: not able: no support for cpu" in text
 
@@ -97,7 +184,8 @@ def test_tables_of_scaling_tell_exponents_and_what_is_left_out() -> None:
     text = tables.scaling(scaling())
     assert "| windows | 1 | 1 |" in text
     assert "| full attention | 2 | 1 |" in text
-    assert "| 1792 x 1792 | 321 ms | 3,211 | - | - |" in text
+    assert "| 1792 x 1792 | 321 ms ±15% | 3,211 | - | - |" in text
+    assert "- attention by sdpa: windows; full attention" in text
     assert "- full attention at 1792: left out: a call would take about 99 s" in text
 
 
@@ -160,8 +248,9 @@ def test_a_result_without_any_time_has_a_page_and_no_plot(tmp_path: Path) -> Non
 def test_without_matplotlib_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, networks())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'maxattn\[plot\]'"):
-        report.write(tmp_path)
+    for wanting in (report.ready, report.write):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'maxattn\[plot\]'"):
+            wanting(tmp_path)
 
 
 def test_the_pages_of_this_repository_are_what_its_results_say(tmp_path: Path) -> None:

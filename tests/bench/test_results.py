@@ -50,6 +50,17 @@ def test_a_result_replaces_only_the_one_of_the_same_machine_and_kind(tmp_path: P
     assert Result.read(tmp_path / ours.file_name).rows == ROWS[:1]
 
 
+def test_an_unfinished_result_leaves_the_older_one_until_it_is_finished(tmp_path: Path) -> None:
+    older, newer = result(), replace(result(), rows=ROWS[:1])
+    path = older.write(tmp_path)
+    begun = replace(newer, finished=False).write(tmp_path)
+    assert Result.read(path).rows == older.rows
+    assert not Result.read(begun).finished
+    assert newer.write(tmp_path) == path
+    assert Result.read(path).rows == newer.rows
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [("{", "EOF"), ("{}", "kind"), ('{"kind": "speed"}', "'op', 'model', 'train', 'scaling' or 'dispatch'")],

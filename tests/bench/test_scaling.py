@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import maxattn
-from maxattn.bench import Row, Time, scaling
+from maxattn.bench import Result, Row, Time, scaling
 from maxattn.bench.networks import images_of, randomised
 from maxattn.bench.tables import slopes
 from maxattn.bench.timing import Effort
@@ -24,11 +24,14 @@ def grown(candidate: str, power: float, sizes: tuple[int, ...] = (224, 448, 896,
 
 
 def test_both_attentions_are_measured_at_every_size() -> None:
-    result = measured(sizes=[28, 56])
+    kept: list[Result] = []
+    result = measured(sizes=[28, 56], keep=kept.append)
     assert [(row.case["img_size"], row.candidate, row.note) for row in result.rows] == [
         (size, kind, "") for size in (28, 56) for kind in ("windows", "full attention")
     ]
     assert all(row.time is not None and row.mib is not None and row.mib > 0 for row in result.rows)
+    assert {row.attention for row in result.rows} == {"sdpa"}
+    assert [(one.finished, len(one.rows)) for one in kept] == [(False, 2), (False, 4), (True, 4)]
 
 
 def test_larger_images_are_left_out_once_they_would_take_too_long() -> None:
@@ -47,7 +50,7 @@ def test_larger_images_are_left_out_for_want_of_memory(monkeypatch: pytest.Monke
 def test_full_attention_has_one_window_and_the_same_weights() -> None:
     windows = randomised(maxattn.build("nano")).eval()
     spec = maxattn.load_spec("nano").override(img_size=(30, 45))
-    full = scaling._with_full_attention(spec, windows)
+    full = scaling._with_weights_of(windows, scaling._full_attention(spec))
     assert [stage.window for stage in full.spec.stages] == [(15, 23), (8, 12)]
     assert full.spec.rel_pos == "none"
     for name, tensor in full.state_dict().items():
