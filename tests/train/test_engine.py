@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,15 @@ def test_a_training_can_be_interrupted_again_and_again(uninterrupted: Path, stri
     assert_same_result(out, uninterrupted)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C means what it does in a terminal, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_says_where_it_stopped(stripes: Path, tmp_path: Path) -> None:
     def interrupt(out: Tensor) -> Tensor:
         signal.raise_signal(signal.SIGINT)
@@ -172,6 +181,7 @@ def test_an_interruption_says_where_it_stopped(stripes: Path, tmp_path: Path) ->
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_stops_at_once(stripes: Path, tmp_path: Path) -> None:
     def interrupt_twice(out: Tensor) -> Tensor:
         signal.raise_signal(signal.SIGINT)
