@@ -45,16 +45,6 @@ class AnyOrderUnlessAsked(AnyOrder):
         return torch.arange(n) if problem.deterministic else super().order(n, problem)
 
 
-class BlocksOnly(Naive):
-    """`naive` for blocks: that it refuses the grid can be said by `unsupported` alone."""
-
-    name = "blocks_only"
-    capabilities = Capabilities(**EAGER)
-
-    def unsupported(self, problem: Problem) -> Sequence[Reason]:
-        return [Reason("axis", "no support for the grid axis", "blocks")] if problem.axis == "grid" else ()
-
-
 class Declining(Naive):
     """`naive` that declines, by `unsupported` alone, what a condition of its own excludes."""
 
@@ -119,22 +109,17 @@ class Limited(Sdpa):
 LIMITED: list[Backend] = [
     AnyOrder(),
     AnyOrderUnlessAsked(),
-    BlocksOnly(),
-    Declining("grids_only", lambda problem: problem.axis == "block"),
-    Declining("heads_by_four", lambda problem: problem.heads % 4 > 0),
+    Declining("square_blocks", lambda problem: problem.axis == "grid" or problem.window[0] != problem.window[1]),
+    Declining("grids_of_four_heads", lambda problem: problem.axis == "block" or problem.heads % 4 > 0),
     Declining("sides_by_eight", lambda problem: (problem.width or 8) % 8 > 0 or (problem.height or 8) % 8 > 0),
     Declining("windows_of_up_to_15_tokens", lambda problem: problem.tokens > 15),
-    Declining("square_windows", lambda problem: problem.window[0] != problem.window[1]),
     GradientsElsewhere(),
     OneDtype(),
     SmallProblems(),
     Limited("without_bias", bias=False, bias_gradient=False),
-    Limited("frozen_bias", bias_gradient=False),
-    Limited("bias_in_single_precision", bias_dtypes=frozenset({torch.float32})),
-    Limited("tensor_core_dims", head_dims=(16, 128), head_dim_multiple=8),
-    Limited("single_precision", dtypes=frozenset({torch.float32})),
-    Limited("half_precision", dtypes=frozenset({torch.float16, torch.bfloat16})),
-    Limited("full_windows", ragged=False),
+    Limited("frozen_bias", bias_gradient=False, dtypes=frozenset({torch.float16, torch.bfloat16})),
+    Limited("tensor_cores", head_dims=(16, 128), head_dim_multiple=8, bias_dtypes=frozenset({torch.float32})),
+    Limited("full_windows", ragged=False, dtypes=frozenset({torch.float32})),
     Limited("inference", backward=False, bias_gradient=False),
     Limited("seven_by_seven", window_tokens=(49, 49)),
     Limited(
