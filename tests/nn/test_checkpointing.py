@@ -83,7 +83,7 @@ def test_less_is_kept(enable: Checkpointing, most: float) -> None:
 
     def kept(enable: Checkpointing) -> int:
         model = maxattn.build("nano", grad_checkpointing=enable)
-        with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
             logits = model(x)
         del logits
         return sum(event.self_cpu_memory_usage for event in profile.key_averages())
