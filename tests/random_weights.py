@@ -1,11 +1,11 @@
-"""Random values for everything in a network, such that activations stay sane and nothing is trivial."""
+"""Random values for everything in a network, as benchmarks take them too, and a small one."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-
 import maxattn
+from maxattn.bench.networks import randomised as randomise
+
+__all__ = ["SMALL", "randomise", "small"]
 
 SMALL = {
     "name": "small",
@@ -23,26 +23,4 @@ SMALL = {
 
 def small(seed: int = 0, **overrides: object) -> maxattn.nn.MaxViT:
     """A network of 115 tensors, quick to run, in eval mode."""
-    model = maxattn.build(SMALL, **overrides)
-    randomise(model, seed)
-    return model.eval()
-
-
-def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill weights, biases, norms' statistics and tables of relative positions, in place; return the network."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.copy_(_values(name, torch.randn(tensor.shape, generator=generator, dtype=torch.float64)))
-    return network
-
-
-def _values(name: str, normal: Tensor) -> Tensor:
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf == "running_var":
-        return normal.abs() + 0.5
-    if leaf in ("table", "relative_position_bias_table"):
-        return normal
-    if normal.ndim > 1:
-        return normal / normal[0].numel() ** 0.5
-    return 1 + 0.2 * normal if leaf == "weight" else 0.2 * normal
+    return randomise(maxattn.build(SMALL, **overrides), seed).eval()

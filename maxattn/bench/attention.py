@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from maxattn.build import build
-from maxattn.nn import MaxAttention
+from maxattn.network_problems import network_problems
 from maxattn.ops.contract import Problem
 from maxattn.ops.dispatch import compute_capability
 from maxattn.ops.max_sa import explain
@@ -23,28 +21,21 @@ Asked = tuple[Problem, str | None]
 def attention_problems(
     spec: MaxViTSpec, batch: int, dtype: torch.dtype, device: str, *, training: bool = False
 ) -> list[Asked]:
-    """What each attention layer of a network will ask for; the network itself runs on the meta device.
+    """What each attention layer of a network will ask for.
 
     Weights in training are in fp32, and `dtype` is autocast's.
     """
-    with torch.device("meta"):
-        network = build(spec).to(torch.float32 if training else dtype).train(training)
-        images = torch.empty(batch, spec.in_chans, *pair(spec.img_size), dtype=next(network.parameters()).dtype)
-    capability = compute_capability(torch.device(device))
+    capability, bias = compute_capability(torch.device(device)), torch.float32 if training else dtype
+    here: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "compute_capability": capability,
+        "requires_grad": training,
+    }
     found: list[Asked] = []
-
-    def note(layer: MaxAttention, inputs: tuple[Tensor, ...], backend: str | None) -> None:
-        qkv, bias = layer.project(*inputs)
-        dropout_p = layer.attn_drop if training else 0.0
-        problem = explain(qkv, layer.axis, layer.window, bias, layer.scale, dropout_p).problem
-        found.append((replace(problem, dtype=dtype, device=device, compute_capability=capability), backend))
-
-    for module in network.modules():
-        if isinstance(module, MaxAttention):
-            module.register_forward_pre_hook(partial(note, backend=module.backend))
-            module.backend = "naive"
-    with torch.set_grad_enabled(training):
-        network(images)
+    for _, dropout, problem in network_problems(spec, batch, pair(spec.img_size)):
+        biased: dict[str, Any] = {} if problem.bias is None else {"bias": bias, "bias_requires_grad": training}
+        found.append((replace(problem, dropout_p=dropout if training else 0.0, **here, **biased), spec.backend))
     return found
 
 

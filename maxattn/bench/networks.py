@@ -87,7 +87,7 @@ def randomised(network: Network, seed: int = 0) -> Network:
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
             if tensor.is_floating_point():
-                tensor.copy_(_values(name, torch.randn(tensor.shape, generator=generator)))
+                tensor.copy_(_values(name, torch.randn(tensor.shape, generator=generator, dtype=torch.float64)))
     return network
 
 

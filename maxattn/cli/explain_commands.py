@@ -12,8 +12,8 @@ import typer
 import maxattn
 from maxattn.bench import device_types
 from maxattn.cli import values
-from maxattn.cli.network_problems import network_problems
 from maxattn.cli.output import JsonOption, print_json
+from maxattn.network_problems import network_problems
 from maxattn.ops.contract import Problem
 from maxattn.ops.dispatch import Explanation
 from maxattn.ops.dispatch import compute_capability as capability_of

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from adapters import HOPPER
 from fresh_python import announce, python
 from torch import Tensor
 
@@ -23,21 +24,6 @@ from maxattn_flash_attn import FlashAttn, generations
 from maxattn_flash_attn.generations import FOUR, THREE, TWO, Generation
 
 PROJECT = Path(__file__).parents[1]
-HOPPER = Problem(
-    axis="block",
-    window=(7, 7),
-    batch=1,
-    height=14,
-    width=14,
-    heads=2,
-    head_dim=32,
-    dtype=torch.bfloat16,
-    device="cuda",
-    compute_capability=(9, 0),
-    bias=torch.float32,
-    requires_grad=True,
-    bias_requires_grad=True,
-)
 NO_BIAS: dict[str, Any] = {"bias": None, "bias_requires_grad": False}
 ALL = {2: "2.8.4", 3: "3.0.0", 4: "4.0.0b36"}
 

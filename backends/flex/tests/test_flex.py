@@ -11,17 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import HOPPER, names_of_checks
 from fresh_python import announce, python
 from torch import Tensor
 from torch.fx import GraphModule
 
 import maxattn
-import maxattn.testing.checks
-from maxattn.ops.contract import Backend, Problem, Reason
+from maxattn.ops.contract import Problem, Reason
 from maxattn.ops.registry import registered
 from maxattn.testing import check_backend
-from maxattn.testing.registry import CHECKS
-from maxattn.testing.runner import subject_of
 from maxattn_flex import Flex, backend, compiled
 
 pytestmark = pytest.mark.filterwarnings(
@@ -29,21 +27,6 @@ pytestmark = pytest.mark.filterwarnings(
 )  # PyTorch's compiler looks
 
 PROJECT = Path(__file__).parents[1]
-HOPPER = Problem(
-    axis="block",
-    window=(7, 7),
-    batch=1,
-    height=14,
-    width=14,
-    heads=2,
-    head_dim=32,
-    dtype=torch.bfloat16,
-    device="cuda",
-    compute_capability=(9, 0),
-    bias=torch.float32,
-    requires_grad=True,
-    bias_requires_grad=True,
-)
 ON_CPU = replace(HOPPER, device="cpu", compute_capability=None, requires_grad=False, bias_requires_grad=False)
 
 
@@ -81,12 +64,6 @@ LEFT_OUT = frozenset(
 )
 
 
-def names_of_checks(of: Backend, device: str) -> list[str]:
-    """The checks that apply to the backend `of`."""
-    subject = subject_of(of, device, examples=1, seed=0)
-    return [name for name, check in CHECKS.items() if not check.not_applicable(subject)]
-
-
 @pytest.fixture(autouse=True)
 def flex() -> Iterator[Flex]:
     compiled.compiled.cache_clear()
@@ -114,7 +91,7 @@ def test_conforms_where_code_is_generated(name: str) -> None:
 
 
 @pytest.mark.usefixtures("gradients_on_cpu")
-@pytest.mark.parametrize("name", [name for name in names_of_checks(Training(), "cpu") if name not in LEFT_OUT])
+@pytest.mark.parametrize("name", names_of_checks(Training(), "cpu", LEFT_OUT))
 def test_conforms_with_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "COMPILER", "eager")
     (outcome,) = check_backend(Training(), examples=5, only=[name]).checks

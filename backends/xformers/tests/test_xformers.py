@@ -13,46 +13,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from adapters import HOPPER, names_of_checks
 from fresh_python import announce, python
 from torch import Tensor
 
 import maxattn
-import maxattn.testing.checks
-from maxattn.ops.contract import Backend, Problem, Reason
+from maxattn.ops.contract import Problem, Reason
 from maxattn.ops.registry import registered
 from maxattn.testing import check_backend
-from maxattn.testing.registry import CHECKS
-from maxattn.testing.runner import subject_of
 from maxattn_xformers import Xformers, library
 from maxattn_xformers.library import Installed
 
 PROJECT = Path(__file__).parents[1]
-HOPPER = Problem(
-    axis="block",
-    window=(7, 7),
-    batch=1,
-    height=14,
-    width=14,
-    heads=2,
-    head_dim=32,
-    dtype=torch.bfloat16,
-    device="cuda",
-    compute_capability=(9, 0),
-    bias=torch.float32,
-    requires_grad=True,
-    bias_requires_grad=True,
-)
 OWN_KERNELS = Installed("0.0.35", needs_mslk=False, mslk=False)
 
 
 LEFT_OUT = frozenset(["bitwise", "far_apart", "operators"])
 """Checks of determinism in training, which is declined; of gigabytes; and of own operators, of which there are none."""
-
-
-def names_of_checks(backend: Backend, device: str) -> list[str]:
-    """The checks that apply to `backend`."""
-    subject = subject_of(backend, device, examples=1, seed=0)
-    return [name for name, check in CHECKS.items() if not check.not_applicable(subject) and name not in LEFT_OUT]
 
 
 class Kernel(torch.autograd.Function):
@@ -115,7 +92,7 @@ def reasons(problem: Problem) -> tuple[Reason, ...]:
     return answer.reasons
 
 
-@pytest.mark.parametrize("name", names_of_checks(StandIn(), "cpu"))
+@pytest.mark.parametrize("name", names_of_checks(StandIn(), "cpu", LEFT_OUT))
 def test_conforms(name: str) -> None:
     (outcome,) = check_backend(StandIn(), examples=10, only=[name]).checks
     assert outcome.status == "passed", str(outcome)
@@ -208,7 +185,7 @@ def test_an_installed_plugin_without_xformers_says_so(tmp_path: Path) -> None:
 
 if torch.cuda.is_available() and library.missing(library.installed()) is None:
 
-    @pytest.mark.parametrize("name", names_of_checks(Xformers(), "cuda"))
+    @pytest.mark.parametrize("name", names_of_checks(Xformers(), "cuda", LEFT_OUT))
     def test_conforms_by_xformers_itself(name: str) -> None:
         (outcome,) = check_backend(Xformers(), device="cuda", examples=50, only=[name]).checks
         assert outcome.status != "failed", str(outcome)

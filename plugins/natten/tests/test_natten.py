@@ -11,44 +11,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import adapters
 import pytest
 import torch
+from adapters import names_of_checks
 from fresh_python import announce, python
 from torch import Tensor
 
 import maxattn
-import maxattn.testing.checks
-from maxattn.ops.contract import Backend, Problem, Reason
+from maxattn.ops.contract import Problem, Reason
 from maxattn.ops.registry import registered
 from maxattn.testing import check_backend
-from maxattn.testing.registry import CHECKS
-from maxattn.testing.runner import subject_of
 from maxattn_natten import Natten, library
 from maxattn_natten.library import Installed
 
 PROJECT = Path(__file__).parents[1]
-HOPPER = Problem(
-    axis="grid",
-    window=(7, 7),
-    batch=1,
-    height=56,
-    width=56,
-    heads=2,
-    head_dim=32,
-    dtype=torch.bfloat16,
-    device="cuda",
-    compute_capability=(9, 0),
-    requires_grad=True,
-)
+HOPPER = replace(adapters.HOPPER, axis="grid", height=56, width=56, bias=None, bias_requires_grad=False)
 WITH_KERNELS = Installed("0.21.7+torch2120cu130", kernels=True)
 LEFT_OUT = frozenset(["heads", "windows", "large_windows", "many_windows", "far_apart", "operators"])
 """Checks of sizes for which the definition below, which copies every neighbourhood, takes long; and of operators."""
-
-
-def names_of_checks(backend: Backend, device: str) -> list[str]:
-    """The checks that apply to `backend`."""
-    subject = subject_of(backend, device, examples=1, seed=0)
-    return [name for name, check in CHECKS.items() if not check.not_applicable(subject) and name not in LEFT_OUT]
 
 
 def neighbours(size: int, kernel_size: int, stride: int, dilation: int) -> Tensor:
@@ -118,7 +99,7 @@ def reasons(problem: Problem) -> tuple[Reason, ...]:
     return answer.reasons
 
 
-@pytest.mark.parametrize("name", names_of_checks(StandIn(), "cpu"))
+@pytest.mark.parametrize("name", names_of_checks(StandIn(), "cpu", LEFT_OUT))
 def test_conforms(name: str) -> None:
     (outcome,) = check_backend(StandIn(), examples=20, only=[name]).checks
     assert outcome.status == "passed", str(outcome)
@@ -239,7 +220,7 @@ def test_an_installed_plugin_without_natten_says_so(tmp_path: Path) -> None:
 
 if torch.cuda.is_available() and library.missing(library.installed()) is None:
 
-    @pytest.mark.parametrize("name", names_of_checks(Natten(), "cuda"))
+    @pytest.mark.parametrize("name", names_of_checks(Natten(), "cuda", LEFT_OUT))
     def test_conforms_by_natten_itself(name: str) -> None:
         (outcome,) = check_backend(Natten(), device="cuda", examples=50, only=[name]).checks
         assert outcome.status != "failed", str(outcome)
