@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from maxattn.bench.compare import Show
 from maxattn.bench.machine import device_types
-from maxattn.bench.results import Keep, Mode, Result
+from maxattn.bench.results import Mode
 from maxattn.bench.timing import QUICK, Effort
 from maxattn.cli import values
 from maxattn.cli.explain_commands import AxisName
-from maxattn.cli.output import JsonOption, print_json
+from maxattn.cli.measuring import measuring, write_pages
+from maxattn.cli.output import JsonOption
 
 TINY = "maxvit_tiny_tf_224"
 ON_GPU = (TINY, "maxvit_base_tf_384", "maxvit_tiny_tf_512")
@@ -118,7 +111,7 @@ def op(
     from maxattn.testing.case import Case
     from maxattn.testing.observe import verify
 
-    where, kind = _device(device), _dtype(dtype, device)
+    where, kind = _where(device, dtype)
     images = batch or (2 if quick else 256 if where == "cuda" else 8)
     if size is None:
         shapes = measurement.shapes(images, more=where == "cuda" and not quick)
@@ -132,7 +125,7 @@ def op(
     def within_budget(attend: object, problem: Problem) -> None:
         verify(attend, Case(problem=problem))  # type: ignore[arg-type]
 
-    with _measuring(out, as_json) as (show, keep):
+    with measuring(out, as_json) as (show, keep):
         measurement.measure(
             shapes,
             within_budget,
@@ -175,9 +168,9 @@ def model(
     """
     from maxattn.bench import model as measurement
 
-    where, kind = _device(device), _dtype(dtype, device)
+    where, kind = _where(device, dtype)
     on_gpu = where == "cuda" and not quick
-    with _measuring(out, as_json) as (show, keep):
+    with measuring(out, as_json) as (show, keep):
         measurement.measure(
             specs or (ON_GPU if on_gpu else (TINY,)),
             batches=batch or ((1,) if quick else (256,) if on_gpu else (1, 8)),
@@ -217,8 +210,8 @@ def train(
     """
     from maxattn.bench import train as measurement
 
-    where, kind = _device(device), _dtype(dtype, device)
-    with _measuring(out, as_json) as (show, keep):
+    where, kind = _where(device, dtype)
+    with measuring(out, as_json) as (show, keep):
         measurement.measure(
             specs or (TINY,),
             batches=batch or ((2,) if quick else (128,) if where == "cuda" else (4,)),
@@ -261,8 +254,8 @@ def scaling(
     """
     from maxattn.bench import scaling as measurement
 
-    where, kind = _device(device), _dtype(dtype, device)
-    with _measuring(out, as_json) as (show, keep):
+    where, kind = _where(device, dtype)
+    with measuring(out, as_json) as (show, keep):
         measurement.measure(
             spec,
             sizes=size or (measurement.SIZES[:2] if quick else measurement.SIZES),
@@ -290,7 +283,7 @@ def dispatch(out: OutOption = None, as_json: JsonOption = False) -> None:
     """
     from maxattn.bench import dispatch as measurement
 
-    with _measuring(out, as_json) as (show, keep):
+    with measuring(out, as_json) as (show, keep):
         measurement.measure(show=show, keep=keep)
 
 
@@ -306,104 +299,22 @@ def report(
       $ maxattn bench report
       $ maxattn bench report docs/benchmarks
     """
-    written = _pages(folder)
+    written = write_pages(folder)
     for path in written:
         typer.echo(f"wrote {path}")
     if not written:
         typer.echo(f"no results in {folder / 'results'}; to get some: maxattn bench model --out {folder}")
 
 
-@contextmanager
-def _measuring(out: Path | None, as_json: bool) -> Iterator[tuple[Show, Keep]]:
-    """Who shows how far a measurement is, and who keeps it after each case: what there is at the end is told, even if
-    that comes early. A folder that cannot take the pages is refused before."""
-    from maxattn.bench import report
-
-    latest: Result | None = None
-
-    def keep(result: Result) -> None:
-        nonlocal latest
-        latest = result
-        if out is not None:
-            result.write(out / report.RESULTS)
-
-    if out is not None:
-        with _without_matplotlib_told():
-            report.ready(out)
-    try:
-        with _showing() as show:
-            yield show, keep
-    finally:
-        if latest is not None:
-            _tell(latest, out, as_json)
-
-
-def _tell(result: Result, out: Path | None, as_json: bool) -> None:
-    """Print the result, and write the pages where it is kept."""
-    from maxattn.bench import report, tables
-
-    text, console = tables.OF_KIND[result.kind](result), Console()
-    if as_json:
-        print_json(result.to_dict())
-    else:
-        typer.echo(f"{result.machine}\n")
-        if console.is_terminal:
-            console.print(Markdown(text))
-        else:
-            typer.echo(text)
-    if not result.finished:
-        typer.echo("Not finished: the run ended before all of its cases were measured", err=True)
-    if out is not None:
-        for path in (out / report.RESULTS / result.file_name, *_pages(out)):
-            typer.echo(f"wrote {path}", err=True)
-
-
-def _pages(folder: Path) -> list[Path]:
-    from maxattn.bench import report
-
-    with _without_matplotlib_told():
-        return report.write(folder)
-
-
-@contextmanager
-def _without_matplotlib_told() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
-
-
-@contextmanager
-def _showing() -> Iterator[Show]:
-    """A bar on a terminal; and a word if others keep the machine busy, for that is measured too."""
-    busy, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
-    if busy > cores / 4:
-        typer.echo(f"Note: other programs keep {busy:.1f} of {cores} cores busy; times will be disturbed", err=True)
-    console = Console(file=sys.stderr)
-    columns = (
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda share, what: bar.update(task, completed=share, description=what)
-
-
-def _device(name: str | None) -> str:
+def _where(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
+    """The device and the dtype that are asked for, or those by default."""
     known = device_types()
-    found = known[-1] if name is None else values.device(name, "--device").type
+    found = known[-1] if device is None else values.device(device, "--device").type
     if found not in known:
         raise typer.BadParameter(f"there is no {found} here, only {', '.join(known)}", param_hint="--device")
-    return found
-
-
-def _dtype(name: str | None, device: str | None) -> torch.dtype:
-    if name is not None:
-        return values.dtype(name, "--dtype")
-    return torch.float32 if _device(device) == "cpu" else torch.bfloat16
+    if dtype is not None:
+        return found, values.dtype(dtype, "--dtype")
+    return found, torch.float32 if found == "cpu" else torch.bfloat16
 
 
 def _modes(compiled: bool) -> tuple[Mode, ...]:

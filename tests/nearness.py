@@ -1,0 +1,12 @@
+"""How near to exact a result must be, given how near the specification comes in the same dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_near(actual: Tensor, same: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """At most twice the error of `same`, and a rounding of `dtype`, in the 2-norm."""
+    allowed = 2 * (same.double() - exact).norm() + torch.finfo(dtype).eps * exact.norm()
+    assert (actual.double() - exact).norm() <= allowed
