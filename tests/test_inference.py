@@ -240,9 +240,6 @@ class TestLessWork:
         model = small()
         first, second = (maxattn.optimize_for_inference(m) for m in (model, small(act="relu", layer_scale=0.3)))
         first.to(torch.bfloat16).load_state_dict(second.state_dict())
-        qkv, expected = (next(m.attentions()).qkv for m in (first, second.to(torch.bfloat16)))
-        assert qkv.column_sums.dtype == torch.float32
-        assert qkv.column_sums.equal(expected.weight.float().sum(1))
         taps = first.stages[0].blocks[0].layers[0].conv2
         assert taps.laid_out.equal(taps.weight[:, 0].permute(1, 2, 0))
 

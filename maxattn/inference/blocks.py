@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from maxattn.inference import gpu
 from maxattn.inference.fixed import take_over
+from maxattn.inference.layers import FusedAvgPool2d
 from maxattn.nn import AttentionLayer, MBConv, Stem
 from maxattn.ops.max_sa import max_sa
 
@@ -79,6 +80,7 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     Stem: FusedStem,
     MBConv: FusedMBConv,
     AttentionLayer: FusedAttentionLayer,
+    nn.AvgPool2d: FusedAvgPool2d,
 }
 
 

@@ -13,17 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maxattn.inference import gpu, onednn
-from maxattn.inference.fixed import Fixed
+from maxattn.inference.fixed import Fixed, take_over
 from maxattn.inference.fold import Weights
 from maxattn.nn.conv import Conv2d, same_padding
 
 
 class Fused(Fixed):
-    """Weights, fixed from now on, and an activation; what kernels want of them besides is kept beside them.
+    """Weights, fixed from now on, and an activation; what oneDNN makes of them at the first call is kept beside them.
 
-    For oneDNN that is made at the first call. For a GPU it is small, and in buffers that no file holds, so that a
-    compiler's graph takes it and does not make it in every call. In-place changes of the weights by other ways than
-    `load_state_dict` and `to` go unseen.
+    In-place changes of the weights by other ways than `load_state_dict` and `to` go unseen.
     """
 
     def __init__(self, weights: Weights, act: nn.Module | None = None) -> None:
@@ -38,11 +36,6 @@ class Fused(Fixed):
     def _changed(self) -> None:
         super()._changed()
         self._packed = {}
-        self._lay_out()
-
-    def _lay_out(self) -> None:
-        """Make the buffers from the weights."""
-        raise NotImplementedError
 
     def __getstate__(self) -> Mapping[str, Any]:
         """For copies: packed weights cannot be copied, and are packed again."""
@@ -53,19 +46,7 @@ class Fused(Fixed):
 
 
 class FusedLinear(Fused):
-    """A Linear over the last dimension, and an activation.
-
-    `column_sums (out)`, in fp32 whatever the dtype of the weights, are what a layer norm within the product needs.
-    """
-
-    column_sums: Tensor
-
-    def __init__(self, weights: Weights, act: nn.Module | None = None) -> None:
-        super().__init__(weights, act)
-        self._lay_out()
-
-    def _lay_out(self) -> None:
-        self.register_buffer("column_sums", self.weight.detach().float().sum(1), persistent=False)
+    """A Linear over the last dimension, and an activation."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self._gpu_act and gpu.serves(x, self.weight):
@@ -83,11 +64,11 @@ class FusedLinear(Fused):
         return self.act(y)
 
     def after_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """`self(norm(x))`, where the kernels of a GPU serve: few channels are not normed in a pass of their own."""
+        """`self(norm(x))`, where the kernels of a GPU serve."""
         how = gpu.normed_by(norm)
-        if how is None or not self._gpu_act or not gpu.norms_within(x.shape[-1]):
+        if how is None or not self._gpu_act:
             return self(norm(x))
-        return gpu.normed_pointwise(x, self.weight, self.bias, self._gpu_act, *how, self.column_sums)
+        return gpu.after_norm(x, self.weight, self.bias, self._gpu_act, *how)
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """`residual + self(x)`, where the kernels of a GPU serve."""
@@ -98,7 +79,7 @@ class FusedLinear(Fused):
     def added_to_mlp(self, x: Tensor, norm: nn.Module, fc1: FusedLinear) -> Tensor:
         """`x + self(fc1(norm(x)))`, where the kernels of a GPU serve; this one has no activation."""
         how = gpu.normed_by(norm)
-        if how is None or not fc1._gpu_act or not gpu.mlp_within(x.shape[-1]):
+        if how is None or not fc1._gpu_act or not gpu.is_narrow(x.shape[-1]):
             return self.added_to(x, fc1.after_norm(norm, x))
         return gpu.mlp(x, fc1.weight, fc1.bias, self.weight, self.bias, fc1._gpu_act, *how)
 
@@ -106,7 +87,8 @@ class FusedLinear(Fused):
 class FusedConv2d(Fused):
     """A convolution of channels-last `(B, in, H, W)` and an activation; padded as the one it is made from.
 
-    `laid_out` are its weights as the kernel of a GPU reads them, where that is not how they lie.
+    `laid_out` are its weights as the kernel of a GPU reads them, where that is not how they lie: a buffer that no file
+    holds, so that a compiler's graph takes it and does not make it in every call.
     """
 
     laid_out: Tensor
@@ -117,6 +99,10 @@ class FusedConv2d(Fused):
         self.padding = [int(side) for side in conv.padding]
         self.pads_by_size = isinstance(conv, Conv2d) and conv.pads_by_size
         self.gpu_kernel = gpu.kernel_for(self.weight, self.stride, self.groups) if self._gpu_act else None
+        self._lay_out()
+
+    def _changed(self) -> None:
+        super()._changed()
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -176,6 +162,19 @@ class FusedConv2d(Fused):
             return (0, 0), self.padding
         top, bottom, left, right = self._sides(*x.shape[2:])
         return (bottom - top, right - left), [bottom, right]
+
+
+class FusedAvgPool2d(nn.AvgPool2d):
+    """Average pooling of channels-last `(B, C, H, W)`, by a kernel of ours on a GPU: PyTorch's is ten times slower."""
+
+    def __init__(self, pool: nn.AvgPool2d) -> None:
+        take_over(self, pool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not gpu.serves(x, x):
+            return super().forward(x)
+        sizes = (self.kernel_size, self.stride, self.padding)
+        return gpu.pool(x.permute(0, 2, 3, 1), *sizes, self.count_include_pad).permute(0, 3, 1, 2)  # type: ignore[arg-type]
 
 
 def _shifted(weight: Tensor, shifts: tuple[int, int]) -> Tensor:

@@ -51,7 +51,7 @@ def name_of(act: nn.Module) -> str | None:
 
 
 def normed_by(norm: nn.Module) -> tuple[str, float] | None:
-    """What `pointwise` calls a norm without weights, and its epsilon; None if it has no name for it.
+    """What the kernels call a norm without weights, and its epsilon; None if it has no name for it.
 
     Example:
         >>> normed_by(nn.LayerNorm(4, elementwise_affine=False)), normed_by(nn.GroupNorm(1, 4))
@@ -78,14 +78,10 @@ def kernel_for(weight: Tensor, stride: list[int], groups: int) -> str | None:
     return "convolution" if gathered else None
 
 
-def mlp_within(channels: int) -> bool:
-    """Whether an MLP has so few channels that it is one kernel, and as many as its loads can be wide."""
-    return channels <= launches.MLP_CHANNELS and channels % launches.ALIGNED == 0
-
-
-def norms_within(channels: int) -> bool:
-    """Whether a norm of so many channels belongs into the product after it."""
-    return channels <= launches.NORM_CHANNELS and channels % launches.ALIGNED == 0
+def is_narrow(channels: int) -> bool:
+    """Whether a norm belongs into the product after it, and an MLP into one kernel: of few channels, whose loads can be
+    wide."""
+    return channels <= launches.NARROW and channels % launches.ALIGNED == 0
 
 
 def pointwise(
@@ -97,7 +93,7 @@ def pointwise(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.pointwise` without a norm. A product with only what cuBLASLt does after it is left to cuBLASLt."""
+    """As `reference.pointwise`. A product with only what cuBLASLt does after it is left to cuBLASLt."""
     if gate is None and residual is None and act in launches.LIBRARY:
         if act == "none":
             return F.linear(x, weight, bias)
@@ -106,16 +102,16 @@ def pointwise(
             return y.view(*x.shape[:-1], -1)
     from maxattn.inference.gpu import ops
 
-    return ops.pointwise(x, weight, bias, act, "none", 0.0, None, gate, residual)
+    return ops.pointwise(x, weight, bias, act, gate, residual)
 
 
-def normed_pointwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, norm: str, eps: float, column_sums: Tensor
-) -> Tensor:
-    """As `reference.pointwise` with a norm; `column_sums (N)` are those of `weight (N, C)` over C, in fp32."""
+def after_norm(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, norm: str, eps: float) -> Tensor:
+    """As `reference.narrow`, of any number of channels."""
     from maxattn.inference.gpu import ops
 
-    return ops.pointwise(x, weight, bias, act, norm, eps, column_sums, None, None)
+    if is_narrow(x.shape[-1]):
+        return ops.narrow(x, weight, bias, act, norm, eps)
+    return pointwise(ops.norm(x, norm, eps), weight, bias, act)
 
 
 def mlp(
@@ -128,7 +124,7 @@ def mlp(
     norm: str,
     eps: float,
 ) -> Tensor:
-    """As `reference.mlp`, where `mlp_within` says so."""
+    """As `reference.mlp`, where the channels are narrow."""
     from maxattn.inference.gpu import ops
 
     return ops.mlp(x, weight1, bias1, weight2, bias2, act, norm, eps)
@@ -149,6 +145,13 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, stride
     from maxattn.inference.gpu import ops
 
     return ops.convolution(x, weight, bias, act, stride, padding)
+
+
+def pool(x: Tensor, kernel: int, stride: int, padding: int, padded: bool) -> Tensor:
+    """As `reference.pool`."""
+    from maxattn.inference.gpu import ops
+
+    return ops.pool(x, kernel, stride, padding, padded)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

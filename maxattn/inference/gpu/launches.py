@@ -19,6 +19,14 @@ class Tile(NamedTuple):
     stages: int
 
 
+class Rows(NamedTuple):
+    """Of a pass over `(rows, channels)`: rows and channels of a tile, and warps."""
+
+    rows: int
+    channels: int
+    warps: int
+
+
 class Strip(NamedTuple):
     """Of a depthwise convolution: rows, columns and channels that a program owns, warps, and stages of the pipeline."""
 
@@ -29,17 +37,15 @@ class Strip(NamedTuple):
     stages: int
 
 
-NORM_CHANNELS = 512
-"""Up to so many, a norm is taken within the product after it: wider, its sums cost more than a pass of their own."""
-
-MLP_CHANNELS = 128
-"""Up to so many, an MLP is one kernel. With more, its tile fills the registers, and the products bound it anyway."""
+NARROW = 128
+"""Up to so many channels, a program holds whole rows: what a norm needs is within the product then, and an MLP is one
+kernel. With more, tiles fill the registers, and a norm is a pass of its own."""
 
 GATHERED_CHANNELS = 128
 """Up to so many channels and outputs, a dense convolution is ours: wider, cuDNN's is the faster one."""
 
 ALIGNED = 16
-"""Norms and MLPs are fused of multiples of so many channels: of others loads are narrow, and registers spill."""
+"""Rows are held of multiples of so many channels: of others loads are narrow, and registers spill."""
 
 LIBRARY = frozenset({"none", "relu", "gelu_tanh"})
 """Activations that cuBLASLt applies to a product with nothing else around it; the GELU of `torch._addmm_activation` is
@@ -61,19 +67,32 @@ def convolution(channels: int, columns: int) -> Tile:
     return Tile(128, block_of(columns, 16, 128), block_k, 8 if columns > 64 else 4, 3)
 
 
+def narrow(channels: int, outputs: int) -> Tile:
+    """For a product of so few channels, which are the depth of a tile, to so many outputs."""
+    return Tile(128, block_of(outputs, 16, 64), block_of(channels, 16, 1024), 4, 3)
+
+
+def norm(channels: int) -> Rows:
+    """For a norm of so many channels, all in a tile."""
+    block = block_of(channels, 16, 1 << 16)
+    return Rows(max(1, 4096 // block), block, 4)
+
+
 def mlp(channels: int) -> Tile:
     """For an MLP of so many channels, which are the columns of a tile; its depth is a share of the hidden ones."""
-    return Tile(128, block_of(channels, 16, 1024), 64, 8, 2)
+    return Tile(64, block_of(channels, 16, 1024), 64, 4, 3)
 
 
 def depthwise(height: int, width: int, channels: int, stride: int) -> Strip:
-    """For an output of `height` x `width` pixels.
-
-    To be timed beside 3 stages: 1, whose loads go through L1. Those of a pipeline pass it by, and read L2 three times.
-    """
-    columns = 16 if width > 8 and (width % 16 == 0 or width % 16 > 8) else 8
+    """For an output of `height` x `width` pixels."""
     rows = next((rows for rows in (28, 14) if height % rows == 0), min(block_of(height, 1, 16), 16))
-    return Strip(rows, columns, 64, 4 if columns == 16 else 2, 3 if stride == 1 else 2)
+    return Strip(rows, 4, 64, 1, 3)
+
+
+def pool(channels: int) -> Rows:
+    """For pooling of so many channels."""
+    block = block_of(channels, 16, 64)
+    return Rows(1024 // block, block, 4)
 
 
 def block_of(size: int, least: int, most: int) -> int:

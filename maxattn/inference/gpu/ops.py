@@ -1,4 +1,5 @@
-"""The operators `maxattn_inference::pointwise`, `::mlp`, `::depthwise` and `::convolution`: allocation and launches.
+"""The operators `maxattn_inference::pointwise`, `::narrow`, `::norm`, `::mlp`, `::depthwise`, `::convolution` and
+`::pool`: allocation and launches.
 
 They are `triton_op`s, so a compiler sees the kernels and launches them itself. In Triton's interpreter, where there is
 nothing to launch, the same functions are opaque operators. None has a gradient. What they compute is in `reference`.
@@ -18,7 +19,10 @@ from maxattn.inference.gpu import launches
 from maxattn.inference.gpu.kernels import convolution as convolution_kernel
 from maxattn.inference.gpu.kernels import depthwise as depthwise_kernel
 from maxattn.inference.gpu.kernels import mlp as mlp_kernel
+from maxattn.inference.gpu.kernels import narrow as narrow_kernel
+from maxattn.inference.gpu.kernels import norm as norm_kernel
 from maxattn.inference.gpu.kernels import pointwise as pointwise_kernel
+from maxattn.inference.gpu.kernels import pool as pool_kernel
 from maxattn.ops.devices import on_device_of
 
 COMPILED = isinstance(pointwise_kernel.pointwise, JITFunction)
@@ -27,28 +31,47 @@ _operator: Callable[..., Any] = triton_op if COMPILED else custom_op
 
 @_operator("maxattn_inference::pointwise", mutates_args=())  # type: ignore[untyped-decorator]
 def pointwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    act: str,
-    norm: str,
-    eps: float,
-    column_sums: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, gate: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """As `reference.pointwise`; a layer norm needs `column_sums (N)`, those of the weight over its inputs, in fp32."""
-    out = pointwise_output(x, weight, bias, act, norm, eps, column_sums, gate, residual)
+    """As `reference.pointwise`."""
+    out = pointwise_output(x, weight)
     x, weight = x.contiguous(), weight.contiguous()
     (N, K), pixels = weight.shape, 1 if gate is None else x[0, ..., 0].numel()
     M = x.numel() // K
     tile = launches.pointwise(M, N, K)
     with on_device_of(x):
         _launch(pointwise_kernel.pointwise, _tiles(M, tile.rows) * _tiles(N, tile.columns))(
-            x, weight, _or(bias, x), _or(gate, x), _or(column_sums, x), _or(residual, x), out, M, N, K, pixels, eps,
-            ACT=act, NORM=norm, GATED=gate is not None, BIASED=bias is not None, ADDED=residual is not None,
+            x, weight, _or(bias, x), _or(gate, x), _or(residual, x), out, M, N, K, pixels,
+            ACT=act, GATED=gate is not None, SPANNED=pixels >= tile.rows, BIASED=bias is not None,
+            ADDED=residual is not None,
             EVEN_K=K % tile.depth == 0, **_blocks(tile),
         )  # fmt: skip
+    return out
+
+
+@_operator("maxattn_inference::narrow", mutates_args=())  # type: ignore[untyped-decorator]
+def narrow(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, norm: str, eps: float) -> Tensor:
+    """As `reference.narrow`, of at most `launches.NARROW` channels."""
+    out, x, (N, C) = pointwise_output(x, weight), x.contiguous(), weight.shape
+    M, tile = x.numel() // C, launches.narrow(C, N)
+    with on_device_of(x):
+        _launch(narrow_kernel.narrow, _tiles(M, tile.rows))(
+            x, weight.contiguous(), _or(bias, x), out, M, C, N, eps,
+            ACT=act, NORM=norm, BIASED=bias is not None, EVEN_C=tile.depth == C, EVEN_N=N % tile.columns == 0,
+            BLOCK_M=tile.rows, BLOCK_C=tile.depth, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out
+
+
+@_operator("maxattn_inference::norm", mutates_args=())  # type: ignore[untyped-decorator]
+def norm(x: Tensor, kind: str, eps: float) -> Tensor:
+    """As `reference.norm`."""
+    x, C = x.contiguous(), x.shape[-1]
+    out, M, (rows, block, warps) = torch.empty_like(x), x.numel() // C, launches.norm(C)
+    with on_device_of(x):
+        _launch(norm_kernel.norm, _tiles(M, rows))(
+            x, out, M, C, eps, NORM=kind, EVEN_C=block == C, BLOCK_M=rows, BLOCK_C=block, num_warps=warps
+        )
     return out
 
 
@@ -63,7 +86,7 @@ def mlp(
     norm: str,
     eps: float,
 ) -> Tensor:
-    """As `reference.mlp`, of at most `launches.MLP_CHANNELS` channels."""
+    """As `reference.mlp`, of at most `launches.NARROW` channels."""
     x, (hidden, C) = x.contiguous(), weight1.shape
     out, M, tile = torch.empty_like(x), x.numel() // C, launches.mlp(C)
     with on_device_of(x):
@@ -111,13 +134,28 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, stride
     return out
 
 
+@_operator("maxattn_inference::pool", mutates_args=())  # type: ignore[untyped-decorator]
+def pool(x: Tensor, kernel: int, stride: int, padding: int, padded: bool) -> Tensor:
+    """As `reference.pool`."""
+    out = pool_output(x, kernel, stride)
+    _, out_H, out_W, C = out.shape
+    M, (rows, block, warps) = out.numel() // C, launches.pool(C)
+    with on_device_of(x):
+        _launch(pool_kernel.pool, _tiles(M, rows) * _tiles(C, block))(
+            x.contiguous(), out, M, *x.shape[1:], out_H, out_W,
+            KERNEL=kernel, STRIDE=stride, PADDING=padding, PADDED=padded,
+            BLOCK_M=rows, BLOCK_C=block, num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
 def pointwise_output(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    """What `pointwise` returns, not yet computed."""
+    """What `pointwise` and `narrow` return, not yet computed."""
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def mlp_output(x: Tensor, *_: Any) -> Tensor:
-    """What `mlp` returns, not yet computed."""
+def same_output(x: Tensor, *_: Any) -> Tensor:
+    """What `norm` and `mlp` return, not yet computed."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -139,9 +177,18 @@ def convolution_output(
     return x.new_empty(x.shape[0], *_sizes(x.shape[2], x.shape[3], kernel_h, kernel_w, stride, padding), N)
 
 
+def pool_output(x: Tensor, kernel: int, stride: int, *_: Any) -> Tensor:
+    """What `pool` returns, not yet computed."""
+    B, H, W, C = x.shape
+    return x.new_empty(B, _tiles(H, stride), _tiles(W, stride), C)
+
+
 if not COMPILED:
     pointwise.register_fake(pointwise_output)
-    mlp.register_fake(mlp_output)
+    narrow.register_fake(pointwise_output)
+    norm.register_fake(same_output)
+    mlp.register_fake(same_output)
+    pool.register_fake(pool_output)
     depthwise.register_fake(depthwise_outputs)
     convolution.register_fake(convolution_output)
 

@@ -26,28 +26,46 @@ def pointwise(
     weight: Tensor,
     bias: Tensor | None = None,
     act: str = "none",
-    norm: str = "none",
-    eps: float = 0.0,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`residual + act(norm(x * gate) @ weight^T + bias)`, of `x (B, ..., C)` to `(B, ..., N)`.
+    """`residual + act((x * gate) @ weight^T + bias)`, of `x (B, ..., C)` to `(B, ..., N)`.
 
-    `weight (N, C)`, `gate (B, C)`, `residual (B, ..., N)`; `norm` is "none", "layer_norm" or "rms_norm", over the
-    channels and without weights.
+    `weight (N, C)`, `gate (B, C)`, `residual (B, ..., N)`.
 
     Example:
-        >>> pointwise(torch.tensor([[1.0, 3.0]]), torch.eye(2), norm="layer_norm", residual=torch.ones(1, 2))
-        tensor([[0., 2.]])
+        >>> x, gate = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 0.5]])
+        >>> pointwise(x, torch.eye(2), gate=gate, residual=torch.ones(1, 2))
+        tensor([[3.0000, 2.5000]])
     """
     if gate is not None:
         x = x * gate.view(len(gate), *(1,) * (x.ndim - 2), -1)
-    if norm == "layer_norm":
-        x = F.layer_norm(x, x.shape[-1:], eps=eps)
-    if norm == "rms_norm":
-        x = F.rms_norm(x, x.shape[-1:], eps=eps)
     y = ACTIVATIONS[act](F.linear(x, weight, bias))
     return y if residual is None else residual + y
+
+
+def norm(x: Tensor, kind: str, eps: float) -> Tensor:
+    """A norm of `x (..., C)` over its channels, without weights: "layer_norm" or "rms_norm"; or "none", x itself.
+
+    Example:
+        >>> norm(torch.tensor([[1.0, 3.0]]), "layer_norm", 0.0)
+        tensor([[-1.,  1.]])
+    """
+    if kind == "none":
+        return x
+    return (F.layer_norm if kind == "layer_norm" else F.rms_norm)(x, x.shape[-1:], eps=eps)
+
+
+def narrow(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "none", norm_kind: str = "none", eps: float = 0.0
+) -> Tensor:
+    """`act(norm(x) @ weight^T + bias)`, of `x (..., C)` to `(..., N)`, with `weight (N, C)`.
+
+    Example:
+        >>> narrow(torch.tensor([[1.0, 3.0]]), torch.eye(2), None, "relu", "layer_norm")
+        tensor([[0., 1.]])
+    """
+    return pointwise(norm(x, norm_kind, eps), weight, bias, act)
 
 
 def mlp(
@@ -57,11 +75,11 @@ def mlp(
     weight2: Tensor,
     bias2: Tensor | None,
     act: str = "none",
-    norm: str = "none",
+    norm_kind: str = "none",
     eps: float = 0.0,
 ) -> Tensor:
-    """`x + act(norm(x) @ weight1^T + bias1) @ weight2^T + bias2`, of `x (..., C)`; norms as of `pointwise`."""
-    return pointwise(pointwise(x, weight1, bias1, act, norm, eps), weight2, bias2, residual=x)
+    """`x + act(norm(x) @ weight1^T + bias1) @ weight2^T + bias2`, of `x (..., C)`."""
+    return pointwise(narrow(x, weight1, bias1, act, norm_kind, eps), weight2, bias2, residual=x)
 
 
 def depthwise(
@@ -100,3 +118,16 @@ def convolution(
     top, bottom, left, right = padding
     x = F.pad(x, (left, right, top, bottom))
     return ACTIVATIONS[act](F.conv2d(x, weight.permute(0, 3, 1, 2), bias, stride, groups=groups)).permute(0, 2, 3, 1)
+
+
+def pool(x: Tensor, kernel: int, stride: int, padding: int, padded: bool) -> Tensor:
+    """Means of `kernel` x `kernel` pixels of `x (B, H, W, C)`, to `(B, ceil(H / stride), ceil(W / stride), C)`.
+
+    Pixels outside are zeros, which count if `padded`, and else do not.
+
+    Example:
+        >>> pool(torch.arange(6.0).view(1, 2, 3, 1), 2, 2, 0, False).flatten()
+        tensor([2.0000, 3.5000])
+    """
+    pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), kernel, stride, padding, not padded, padded)
+    return pooled.permute(0, 2, 3, 1)

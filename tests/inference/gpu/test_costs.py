@@ -19,11 +19,12 @@ OPERATORS = {
     "maxattn_inference::convolution": "convolution",
     "maxattn_inference::depthwise": "depthwise",
     "maxattn_inference::mlp": "mlp",
+    "maxattn_inference::narrow": "product",
+    "maxattn_inference::norm": "norm",
     "maxattn_inference::pointwise": "product",
     "aten::addmm": "product",
     "aten::_addmm_activation": "product",
-    "aten::avg_pool2d": "pool",
-    "aten::native_layer_norm": "norm",
+    "maxattn_inference::pool": "pool",
 }
 """What each operator that moves a network's pixels computes."""
 KINDS = {
@@ -55,11 +56,10 @@ class Moved(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         computed = OPERATORS.get(func.name().partition(".")[0])
-        if computed is not None and (computed != "norm" or args[0].ndim == 4):  # of pixels, not the head's
+        if computed is not None:
             given = {of.name: value for of, value in zip(func._schema.arguments, args, strict=False)}
             given["out"] = result if isinstance(result, Tensor) else result[0]
-            tensors = [value for key, value in given.items() if isinstance(value, Tensor) and key != "column_sums"]
-            self.bytes[computed] += sum(tensor.nbytes for tensor in tensors)
+            self.bytes[computed] += sum(value.nbytes for value in given.values() if isinstance(value, Tensor))
         return result
 
 
@@ -69,8 +69,7 @@ class Moved(TorchDispatchMode):
     ids=str,
 )
 def test_counted(overrides: dict[str, Any], channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launches, "NORM_CHANNELS", channels)
-    monkeypatch.setattr(launches, "MLP_CHANNELS", channels)
+    monkeypatch.setattr(launches, "NARROW", channels)
     model = maxattn.build(SPEC, **overrides).to(DEVICE, torch.float16)
     said: Counter[str] = Counter()
     for cost in costs(model, 2, (12, 8)):

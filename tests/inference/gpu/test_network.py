@@ -83,6 +83,7 @@ def test_each_activation_and_dtype_is_within_the_error_budget(act: str, dtype: t
 @pytest.mark.parametrize(
     ("overrides", "depthwise", "convolution"),
     [
+        ({"padding": "symmetric", "shortcut_pool": "avg3"}, 2, 2),
         ({"padding": "symmetric", "shortcut_pool": "max3", "shortcut_conv": "stride"}, 2, 2),
         ({"conv_norm": "group_norm"}, 2, 2),
         ({"attn_norm": "rms_norm", "layer_scale": 0.3, "qkv_bias": False}, 2, 2),
@@ -111,10 +112,11 @@ def test_no_pass_but_the_kernels_own_is_left_in_the_blocks(act: str) -> None:
     library = expansions if act in launches.LIBRARY else 0
     assert calls.counts["aten::_addmm_activation"] == library
     assert calls.counts["aten::addmm"] == 2 * 2 + 2 + 2  # squeeze-and-excitation's, the shortcuts', the head's
-    # In each of 2 blocks the last 1x1 of an MBConv, and of each attention layer what is before and after attention.
-    assert calls.of("pointwise") == 2 * (1 + 2 * 2) + expansions - library
-    assert calls.of("mlp") == 2 * 2
-    gone = (f"aten::{act.partition('_')[0]}", "aten::convolution", "aten::constant_pad_nd", "aten::native_batch_norm")
+    # In each of 2 blocks the last 1x1 of an MBConv, and of each attention layer what is after attention.
+    assert calls.of("pointwise") == 2 * (1 + 2) + expansions - library
+    assert calls.of("narrow") == calls.of("mlp") == 2 * 2
+    assert calls.of("pool") == 2
+    gone = (f"aten::{act.partition('_')[0]}", "aten::convolution", "aten::constant_pad_nd", "aten::avg_pool2d")
     assert not any(calls.counts[name] for name in gone if name != "aten::silu")
     assert calls.counts["aten::native_layer_norm"] == 1  # the head's
     assert calls.counts["aten::silu"] == calls.counts["aten::sigmoid"] == 2  # squeeze-and-excitation's
@@ -122,11 +124,11 @@ def test_no_pass_but_the_kernels_own_is_left_in_the_blocks(act: str) -> None:
 
 def test_wide_channels_are_normed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(), images()
-    monkeypatch.setattr(launches, "NORM_CHANNELS", 16)
-    monkeypatch.setattr(launches, "MLP_CHANNELS", 0)
+    monkeypatch.setattr(launches, "NARROW", 16)
     out, calls = run(maxattn.optimize_for_inference(model), x)
     assert_within_budget(model, out, x)
-    assert calls.counts["aten::native_layer_norm"] == 1 + 2 * 2  # of the second stage's layers
+    assert calls.of("norm") == 2 * 2  # of the second stage's layers
+    assert calls.of("narrow") == calls.of("mlp") == 2
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -173,8 +175,8 @@ def test_in_a_compilers_graph_as_operators_that_take_weights_as_they_are() -> No
     torch._dynamo.reset()
     with torch.no_grad():
         assert torch.compile(optimized, backend=look, fullgraph=True)(x).equal(optimized(x))
-    assert {"pointwise.default", "mlp.default"} <= taken_by
-    assert taken_by - {"pointwise.default", "mlp.default"} <= {"flatten", "t", "linear", "layer_norm"}
+    assert {"pointwise.default", "narrow.default", "mlp.default"} <= taken_by
+    assert taken_by - {"pointwise.default", "narrow.default", "mlp.default"} <= {"flatten", "t", "linear", "layer_norm"}
 
 
 def test_an_exported_graph_holds_none_of_them() -> None:

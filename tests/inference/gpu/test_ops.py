@@ -48,19 +48,6 @@ def assert_within_budget(actual: Tensor, same: Tensor, exact: Tensor) -> None:
         assert torch.linalg.vector_norm(actual.double() - exact, order) <= allowed
 
 
-def pointwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    act: str = "none",
-    norm: str = "none",
-    eps: float = 0.0,
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    return ops.pointwise(x, weight, bias, act, norm, eps, weight.float().sum(1), gate, residual)
-
-
 def test_each_launch_is_on_the_device_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
     entered: list[Tensor] = []
     monkeypatch.setattr(ops, "on_device_of", lambda tensor: [entered.append(tensor), on_device_of(tensor)][1])
@@ -68,11 +55,14 @@ def test_each_launch_is_on_the_device_of_its_input(monkeypatch: pytest.MonkeyPat
     launch = ops._launch
     monkeypatch.setattr(ops, "_launch", lambda *given: [launched.append(len(entered)), launch(*given)][1])
     x, weight = normal(1, 2, 2, 16, dtype=torch.float16), normal(16, 16, dtype=torch.float16)
-    ops.pointwise(x, weight, None, "none", "none", 0.0, None, None, None)
+    ops.pointwise(x, weight, None, "none", None, None)
+    ops.narrow(x, weight, None, "none", "none", 0.0)
+    ops.norm(x, "layer_norm", 1e-5)
     ops.mlp(x, weight, None, weight, None, "none", "none", 0.0)
+    ops.pool(x, 2, 2, 0, False)
     ops.depthwise(x, normal(3, 3, 16, dtype=torch.float16), None, "none", 1, [1, 1, 1, 1], False)
     ops.convolution(x.permute(0, 3, 1, 2), weight[:, None, None], None, "none", 1, [0, 0, 0, 0])
-    assert launched == [1, 2, 3, 4]
+    assert launched == [1, 2, 3, 4, 5, 6, 7]
     assert {tensor.device for tensor in entered} == {x.device}
 
 
@@ -80,10 +70,11 @@ class TestPointwise:
     @staticmethod
     def check(**arguments: Any) -> None:
         exact = reference.pointwise(**in_fp64(arguments))
-        assert_within_budget(pointwise(**arguments), reference.pointwise(**arguments), exact)
+        given = {"bias": None, "act": "none", "gate": None, "residual": None} | arguments
+        assert_within_budget(ops.pointwise(**given), reference.pointwise(**arguments), exact)
 
     @DTYPES
-    @pytest.mark.parametrize("size", [(1, 1, 1), (2, 5, 7), (1, 13, 11), (3, 7, 7)], ids=str)
+    @pytest.mark.parametrize("size", [(1, 1, 1), (2, 5, 7), (3, 13, 11), (3, 7, 7)], ids=str)
     @pytest.mark.parametrize("widths", [(24, 40), (64, 64), (72, 136), (96, 200), (1, 1)], ids=str)
     def test_gate_and_residual_of_any_size(
         self, size: tuple[int, ...], widths: tuple[int, int], dtype: torch.dtype
@@ -96,21 +87,6 @@ class TestPointwise:
             gate=normal(size[0], K, dtype=dtype).sigmoid(),
             residual=normal(*size, N, dtype=dtype, seed=1),
         )
-
-    @DTYPES
-    @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
-    @pytest.mark.parametrize("widths", [(24, 40), (64, 192), (128, 16), (7, 5)], ids=str)
-    @pytest.mark.parametrize("deviations", [0.0, 10.0, 300.0])
-    def test_norm_within(self, widths: tuple[int, int], deviations: float, norm: str, dtype: torch.dtype) -> None:
-        K, N = widths
-        x = (normal(2, 5, 7, K, dtype=dtype) + deviations) * 3
-        weight, bias = normal(N, K, dtype=dtype) / K**0.5, normal(N, dtype=dtype)
-        self.check(x=x, weight=weight, bias=bias, norm=norm, eps=1e-5, act="gelu_tanh")
-
-    @DTYPES
-    def test_norm_of_equal_channels_is_nothing(self, dtype: torch.dtype) -> None:
-        x, weight = torch.full((1, 3, 3, 48), 77.0, device=DEVICE, dtype=dtype), normal(32, 48, dtype=dtype)
-        self.check(x=x, weight=weight, norm="layer_norm", eps=1e-5)
 
     @DTYPES
     @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -129,9 +105,59 @@ class TestPointwise:
 
     def test_is_an_operator(self) -> None:
         x, weight = normal(2, 3, 3, 16, dtype=torch.float16), normal(8, 16, dtype=torch.float16)
-        sums, gate = weight.float().sum(1), normal(2, 16, dtype=torch.float16)
-        opcheck(ops.pointwise, (x, weight, None, "gelu", "layer_norm", 1e-5, sums, None, None))
-        opcheck(ops.pointwise, (x, weight, weight[:, 0], "none", "none", 0.0, None, gate, x[..., :8]))
+        opcheck(ops.pointwise, (x, weight, None, "gelu", None, None))
+        opcheck(ops.pointwise, (x, weight, weight[:, 0], "none", normal(2, 16, dtype=torch.float16), x[..., :8]))
+
+
+DEVIATIONS = pytest.mark.parametrize("deviations", [0.0, 10.0, 300.0])
+NORMS = pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+
+
+class TestNorm:
+    @DTYPES
+    @NORMS
+    @DEVIATIONS
+    @pytest.mark.parametrize("size", [(2, 5, 7, 24), (1, 3, 3, 512), (3, 7), (1, 1, 9, 1000), (1, 1)], ids=str)
+    def test_of_any_width(self, size: tuple[int, ...], deviations: float, norm: str, dtype: torch.dtype) -> None:
+        x = (normal(*size, dtype=dtype) + deviations) * 3
+        same, exact = (reference.norm(each, norm, 1e-5) for each in (x, x.double()))
+        assert_within_budget(ops.norm(x, norm, 1e-5), same, exact)
+
+    def test_is_an_operator(self) -> None:
+        opcheck(ops.norm, (normal(2, 3, 3, 16, dtype=torch.float16), "layer_norm", 1e-5))
+
+
+class TestNarrow:
+    @staticmethod
+    def check(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> None:
+        given = (x, weight, bias)
+        exact = reference.narrow(*(None if each is None else each.double() for each in given), *rest)
+        assert_within_budget(ops.narrow(*given, *rest), reference.narrow(*given, *rest), exact)
+
+    @DTYPES
+    @NORMS
+    @DEVIATIONS
+    @pytest.mark.parametrize("widths", [(24, 40), (64, 192), (128, 16), (7, 5)], ids=str)
+    def test_norm_within(self, widths: tuple[int, int], deviations: float, norm: str, dtype: torch.dtype) -> None:
+        C, N = widths
+        x = (normal(2, 5, 7, C, dtype=dtype) + deviations) * 3
+        weight, bias = normal(N, C, dtype=dtype) / C**0.5, normal(N, dtype=dtype)
+        self.check(x, weight, bias, "gelu_tanh", norm, 1e-5)
+
+    @DTYPES
+    @pytest.mark.parametrize("size", [(1, 1, 1), (3, 13, 11)], ids=str)
+    def test_without_norm_and_bias(self, size: tuple[int, ...], dtype: torch.dtype) -> None:
+        x, weight = normal(*size, 48, dtype=dtype), normal(136, 48, dtype=dtype) / 7
+        self.check(x, weight, None, "silu", "none", 0.0)
+
+    @DTYPES
+    def test_norm_of_equal_channels_is_nothing(self, dtype: torch.dtype) -> None:
+        x, weight = torch.full((1, 3, 3, 48), 77.0, device=DEVICE, dtype=dtype), normal(32, 48, dtype=dtype)
+        self.check(x, weight, None, "none", "layer_norm", 1e-5)
+
+    def test_is_an_operator(self) -> None:
+        x, weight = normal(2, 3, 3, 16, dtype=torch.float16), normal(8, 16, dtype=torch.float16)
+        opcheck(ops.narrow, (x, weight, weight[:, 0], "gelu", "layer_norm", 1e-5))
 
 
 class TestMLP:
@@ -148,7 +174,7 @@ class TestMLP:
             "weight2": normal(C, hidden, dtype=dtype, seed=1) / hidden**0.5,
             "bias2": normal(C, dtype=dtype) if norm != "none" else None,
             "act": "gelu",
-            "norm": norm,
+            "norm_kind": norm,
             "eps": 1e-5,
         }
         same, exact = reference.mlp(**arguments), reference.mlp(**in_fp64(arguments))
@@ -250,3 +276,16 @@ class TestConvolution:
     def test_is_an_operator(self) -> None:
         x, weight = normal(2, 3, 7, 6, dtype=torch.float16), normal(8, 3, 3, 3, dtype=torch.float16)
         opcheck(ops.convolution, (x, weight, None, "relu", 2, [0, 1, 0, 1]))
+
+
+class TestPool:
+    @DTYPES
+    @pytest.mark.parametrize(("kernel", "padding", "padded"), [(2, 0, False), (3, 1, True)], ids=str)
+    @pytest.mark.parametrize("size", [(2, 8, 6, 24), (1, 7, 9, 130), (3, 1, 1, 16)], ids=str)
+    def test_any_size(self, size: tuple[int, ...], kernel: int, padding: int, padded: bool, dtype: torch.dtype) -> None:
+        x, given = normal(*size, dtype=dtype), (kernel, 2, padding, padded)
+        same, exact = (reference.pool(each, *given) for each in (x, x.double()))
+        assert_within_budget(ops.pool(x, *given), same, exact)
+
+    def test_is_an_operator(self) -> None:
+        opcheck(ops.pool, (normal(2, 5, 6, 16, dtype=torch.float16), 2, 2, 0, False))

@@ -1,4 +1,4 @@
-"""What the kernels share: activations, and the matrix product."""
+"""What the kernels share: activations, norms, and the matrix product."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ def sigmoid(x):
 
 
 @triton.jit
+def normed(value, known, C, eps, NORM: tl.constexpr):
+    """The norm of rows `value (BLOCK_M, BLOCK_C)`, of fp32, over the C channels that are `known`; others are zeros."""
+    if NORM == "layer_norm":
+        value = tl.where(known[None, :], value - (tl.sum(value, 1) / C)[:, None], 0.0)
+    else:
+        tl.static_assert(NORM == "rms_norm", "unknown norm")
+    return value * tl.rsqrt(tl.sum(value * value, 1) / C + tl.full((), eps, tl.float32))[:, None]
+
+
+@triton.jit
 def dot(a, b, acc):
     """a b + acc, summed in fp32. The interpreter takes bfloat16 for integers, so there the operands are widened."""
     if INTERPRETED and a.dtype == tl.bfloat16:
@@ -54,12 +64,6 @@ def rounded(x, dtype: tl.constexpr):
         bits += 0x7FFF + ((bits >> 16) & 1)
         x = ((bits >> 16) << 16).to(tl.float32, bitcast=True)
     return x.to(dtype)
-
-
-@triton.jit
-def in_fp32(number):
-    """A scalar argument in fp32: a compiler passes Python's floats in fp64."""
-    return tl.full((), number, tl.float32)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maxattn.inference.gpu.kernels.common import activate, dot, in_fp32, rounded
+from maxattn.inference.gpu.kernels.common import activate, dot, normed, rounded
 
 
 @triton.jit
@@ -25,12 +25,9 @@ def mlp(
     known = (c < C) | EVEN_C
     x += first * C
     at = tl.minimum(row, rows - 1)[:, None] * C + c[None, :]  # a row read twice needs no mask
-    value = tl.load(x + at, mask=known[None, :], other=0.0).to(tl.float32)
-    if NORM == "layer_norm":
-        value = tl.where(known[None, :], value - (tl.sum(value, 1) / C)[:, None], 0.0)
+    a = tl.load(x + at, mask=known[None, :], other=0.0)
     if NORM != "none":
-        value *= tl.rsqrt(tl.sum(value * value, 1) / C + in_fp32(eps))[:, None]
-    a = rounded(value, x.dtype.element_ty)
+        a = rounded(normed(a.to(tl.float32), known, C, eps, NORM), x.dtype.element_ty)
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, hidden, BLOCK_H):
