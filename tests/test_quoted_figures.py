@@ -15,8 +15,8 @@ SHAPES = ((56, 7), (28, 7), (14, 7), (7, 7), (64, 8), (96, 12), (56, 14), (64, 1
 def microseconds(size: int, window: int, what: str, candidate: str) -> float:
     def is_it(row: dict[str, Any]) -> bool:
         case = row["case"]
-        where = case["size"], case["window"], case["axis"], case["pass"]
-        return where == (size, window, "block", what) and row["candidate"] == candidate
+        where = case["size"], case["window"], case["axis"], case["bias"], case["pass"]
+        return where == (size, window, "block", "float32", what) and row["candidate"] == candidate
 
     (row,) = filter(is_it, H200["rows"])
     return float(row["time"]["median"]) * 1e6

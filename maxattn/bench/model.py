@@ -29,7 +29,7 @@ from maxattn.bench.networks import (
 )
 from maxattn.bench.peers import timm_network
 from maxattn.bench.results import Keep, Mode, Result, lose
-from maxattn.bench.timing import Call, Effort, copy_bandwidth, fastest_convolutions, release, wall_clock
+from maxattn.bench.timing import Call, Effort, copy_bandwidth, fastest_convolutions, product_rate, release, wall_clock
 from maxattn.inference import gpu, optimize_for_inference
 from maxattn.spec import MaxViTSpec, pair
 
@@ -70,7 +70,7 @@ def measure(
     """
     effort = effort or Effort()
     wanted = [(spec, batch) for spec in specs_of(specs, img_size) for batch in batches]
-    result = Result(kind="model", machine=this_machine(device), settings=_settings(device, effort), checked=True)
+    result = Result(kind="model", machine=this_machine(device), settings=_settings(device, dtype, effort), checked=True)
     result = replace(result, finished=False)
     for number, (spec, batch) in enumerate(wanted):
         span = Span(show).part(number, len(wanted))
@@ -86,7 +86,7 @@ def measure(
         sampler = partial(wall_clock, device=device, effort=effort)
         with fastest_convolutions():
             rows = compare(case, candidates, device, effort, sampler, span)
-        result = result.plus(rows, [] if device == "cpu" else work_of(spec, batch, dtype))
+        result = result.plus(rows, work_of(spec, batch, dtype))
         keep(result)
         release(device)
     result = replace(result, finished=True)
@@ -94,8 +94,11 @@ def measure(
     return result
 
 
-def _settings(device: str, effort: Effort) -> dict[str, str | int | float]:
-    return {} if device == "cpu" else {"cudnn_benchmark": "on", "bytes_per_second": copy_bandwidth(device, effort)}
+def _settings(device: str, dtype: torch.dtype, effort: Effort) -> dict[str, str | int | float]:
+    flops = {"flops_per_second": product_rate(device, dtype, effort)}
+    if device == "cpu":
+        return {**flops}
+    return {"cudnn_benchmark": "on", "bytes_per_second": copy_bandwidth(device, effort), **flops}
 
 
 def _candidates(

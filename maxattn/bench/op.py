@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -27,6 +27,7 @@ MOVED = {"forward": 4, "training": 12, "training without a graph": 12}
 """How often B H W C elements must be moved at least: q, k, v and the output; in training their gradients, and q, k, v
 and the output's gradient once more."""
 COMPILED = "+compile"
+BIAS = torch.float32
 CHECKED_BYTES = 2**26
 """About the largest tensor of weights in fp64, (windows, heads, N, N), of the images that are checked."""
 
@@ -44,7 +45,7 @@ class Shape:
     def elements(self) -> int:
         return self.batch * self.size[0] * self.size[1] * self.width
 
-    def case(self, axis: Axis, dtype: torch.dtype, what: Pass) -> Case:
+    def case(self, axis: Axis, dtype: torch.dtype, what: Pass, *, bias: bool) -> Case:
         sizes = {"size": self.size, "window": self.window}
         size, window = (n[0] if n[0] == n[1] else f"{n[0]}x{n[1]}" for n in sizes.values())
         return {
@@ -53,7 +54,8 @@ class Shape:
             "width": self.width,
             "window": window,
             "axis": axis,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": _name(dtype),
+            "bias": _name(BIAS) if bias else "none",
             "pass": what,
         }
 
@@ -74,11 +76,12 @@ def shapes(batch: int, *, more: bool) -> tuple[Shape, ...]:
 
 
 def measure(
-    shapes: Iterable[Shape],
+    shapes: Sequence[Shape],
     verify: Verify,
     *,
     axes: Sequence[Axis] = ("block", "grid"),
     passes: Sequence[Pass] = ("forward", "training"),
+    biases: Sequence[bool] = (True,),
     backends: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -94,6 +97,7 @@ def measure(
     Args:
         shapes: of the calls; widths must be multiples of 32, the head dim.
         verify: called for each candidate, with at most as many images as fp64 leaves room for.
+        biases: with a bias in fp32, without one, or in turn.
         backends: names, also with "+compile" for one under `torch.compile`; by default all, on CUDA the compiled
             specification too.
         show: is told how far it is.
@@ -110,23 +114,23 @@ def measure(
     """
     effort = effort or Effort()
     names = backends or [*list_backends(), *([f"naive{COMPILED}"] if device == "cuda" else [])]
-    calls = [(shape, axis, what) for shape in shapes for axis in axes for what in passes]
-    for shape, _, _ in calls:
+    calls = [(shape, axis, bias, what) for bias in biases for shape in shapes for axis in axes for what in passes]
+    for shape in shapes:
         if shape.width % HEAD_DIM:
             raise ValueError(f"width {shape.width} is no multiple of {HEAD_DIM}, the channels of a head")
     span = Span(show)
     span.tell(0, "copy bandwidth")
     bandwidth = copy_bandwidth(device, effort)
-    settings: dict[str, str | int | float] = {"bytes_per_second": bandwidth, "head_dim": HEAD_DIM, "bias": "float32"}
+    settings: dict[str, str | int | float] = {"bytes_per_second": bandwidth, "head_dim": HEAD_DIM}
     result = Result(kind="op", machine=this_machine(device), settings=settings, checked=True, finished=False)
-    for number, (shape, axis, what) in enumerate(calls):
-        case, part = shape.case(axis, dtype, what), span.part(number, len(calls))
+    for number, (shape, axis, bias, what) in enumerate(calls):
+        case, part = shape.case(axis, dtype, what, bias=bias), span.part(number, len(calls))
         floor = shape.elements * dtype.itemsize * MOVED[what] / bandwidth
         rows = [Row(case=case, candidate="floor", library="floor", time=Time(median=floor))]
         found = [_copy(shape, dtype, device)] if what == "forward" else []
         unable = []
         for name in names:
-            problem = _problem(shape, axis, dtype, device, what)
+            problem = _problem(shape, axis, dtype, device, what, bias=bias)
             reasons = _reasons(name, problem)
             if reasons:
                 unable.append(Row(case=case, candidate=name, library=name.removesuffix(COMPILED), note=reasons))
@@ -147,7 +151,7 @@ def _sampler(device: str, effort: Effort, what: Pass, call: Call) -> Sampler:
     return on_gpu(captured(call))
 
 
-def _problem(shape: Shape, axis: Axis, dtype: torch.dtype, device: str, what: Pass) -> Problem:
+def _problem(shape: Shape, axis: Axis, dtype: torch.dtype, device: str, what: Pass, *, bias: bool) -> Problem:
     training = what != "forward"
     return Problem(
         axis=axis,
@@ -160,9 +164,9 @@ def _problem(shape: Shape, axis: Axis, dtype: torch.dtype, device: str, what: Pa
         dtype=dtype,
         device=device,
         compute_capability=compute_capability(torch.device(device)),
-        bias=torch.float32,
+        bias=BIAS if bias else None,
         requires_grad=training,
-        bias_requires_grad=training,
+        bias_requires_grad=training and bias,
     )
 
 
@@ -214,7 +218,8 @@ def _call(attend: Callable[[Tensor, Tensor | None], Tensor], problem: Problem, w
     B, H, W, h, d, N = (*_sizes(problem), problem.heads, problem.head_dim, problem.tokens)
     generator = torch.Generator(problem.device).manual_seed(0)
     random = partial(torch.randn, device=problem.device, generator=generator)
-    qkv, bias = random(B, H, W, 3, h, d, dtype=problem.dtype), random(h, N, N)
+    qkv = random(B, H, W, 3, h, d, dtype=problem.dtype)
+    bias = None if problem.bias is None else random(h, N, N, dtype=problem.bias)
     gradient = random(B, H, W, h, d, dtype=problem.dtype)
 
     def infer() -> Tensor:
@@ -222,10 +227,15 @@ def _call(attend: Callable[[Tensor, Tensor | None], Tensor], problem: Problem, w
             return attend(qkv, bias)
 
     def train() -> tuple[Tensor, ...]:
-        leaves = qkv.detach().requires_grad_(), bias.detach().requires_grad_()
-        return torch.autograd.grad(attend(*leaves), leaves, gradient)
+        of_qkv, of_bias = qkv.detach().requires_grad_(), None if bias is None else bias.detach().requires_grad_()
+        leaves = [leaf for leaf in (of_qkv, of_bias) if leaf is not None]
+        return torch.autograd.grad(attend(of_qkv, of_bias), leaves, gradient)
 
     return infer if what == "forward" else train
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _sizes(problem: Problem) -> tuple[int, int, int]:

@@ -89,19 +89,24 @@ def _networks(result: Result) -> Figure:
 
 
 def _op(result: Result) -> Figure:
-    """A panel a pass, a line a case: how many times the floor each candidate takes."""
+    """A row of panels for each bias, a panel a pass, a line a case: how many times the floor each candidate takes."""
     from matplotlib.figure import Figure
 
-    passes = list(dict.fromkeys(str(row.case["pass"]) for row in result.rows))
+    biases, passes = (list(dict.fromkeys(row.case[name] for row in result.rows)) for name in ("bias", "pass"))
     names = list(dict.fromkeys(row.candidate for row in result.rows if row.time and row.candidate != FLOOR))
-    of_pass = {what: cases([row for row in result.rows if row.case["pass"] == what]) for what in passes}
-    lines = max(map(len, of_pass.values()))
-    figure = Figure(figsize=(11, 1.2 + 0.24 * lines), layout="constrained")
-    panels = figure.subplots(1, len(passes), sharey=True, squeeze=False)[0]
-    for axes, (what, groups) in zip(panels, of_pass.items(), strict=True):
+    of_panel = {
+        (bias, what): cases([row for row in result.rows if (row.case["bias"], row.case["pass"]) == (bias, what)])
+        for bias in biases
+        for what in passes
+    }
+    apart = ("dtype", "bias", "pass")
+    lines = max(map(len, of_panel.values()))
+    figure = Figure(figsize=(11, len(biases) * (1.2 + 0.24 * lines)), layout="constrained")
+    panels = list(figure.subplots(len(biases), len(passes), sharey=True, squeeze=False).flat)
+    for axes, ((bias, what), groups) in zip(panels, of_panel.items(), strict=True):
         for number, name in enumerate(names):
             points = [
-                (_median(row) / _median(floor), told({key: case[key] for key in case if key not in ("dtype", "pass")}))
+                (_median(row) / _median(floor), told({key: case[key] for key in case if key not in apart}))
                 for case, rows in groups
                 for floor in rows
                 for row in rows
@@ -110,11 +115,12 @@ def _op(result: Result) -> Figure:
             colour = {"copy": THEIRS_COLOUR, "triton": OURS_COLOUR}.get(name, f"C{number}")
             if points:
                 axes.plot(*zip(*points, strict=True), "o", color=colour, label=name)
-        axes.set(xscale="log", xlabel="times the floor", title=what)
+        axes.set(xscale="log", xlabel=f"times the floor, {told({'bias': bias})}", title=what)
         axes.axvline(1, color=LINE, linewidth=0.8)
         axes.grid(color="#eeeeee")
     panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    handles = {line.get_label(): line for axes in panels for line in axes.get_legend_handles_labels()[0]}
+    figure.legend(handles=handles.values(), loc="outside lower center", ncols=len(names), frameon=False)
     return figure
 
 

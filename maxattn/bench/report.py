@@ -23,11 +23,11 @@ TITLES: dict[str, str] = {
 }
 ABOUT: dict[str, str] = {
     "op": (
-        "Max-SA by every backend that can serve it, on the shapes of MaxViT's stages, head dim 32, the bias in fp32. "
-        "*Floor* is the time to move what must be moved at the rate of a large copy, measured in the same run: 4 B H "
-        "W C elements forward, 12 in training. *Copy* is a copy of as many bytes as the forward pass moves; where "
-        "those fit into a processor's cache, it is below the floor. Training is forward and backward with all "
-        "gradients. On a GPU calls are replayed from a CUDA graph with a cold cache, but for *training without a "
+        "Max-SA by every backend that can serve it, on the shapes of MaxViT's stages, head dim 32, with a bias in fp32 "
+        "or without one. *Floor* is the time to move what must be moved at the rate of a large copy, measured in the "
+        "same run: 4 B H W C elements forward, 12 in training. *Copy* is a copy of as many bytes as the forward pass "
+        "moves; where those fit into a processor's cache, it is below the floor. Training is forward and backward with "
+        "all gradients. On a GPU calls are replayed from a CUDA graph with a cold cache, but for *training without a "
         "graph*; on a CPU they are warm."
     ),
     "model": (
@@ -36,15 +36,16 @@ ABOUT: dict[str, str] = {
         "memory layouts. torchvision's `maxvit_t` differs from the published MaxViT-T in details. Compiled networks "
         "are compiled for one batch, on a CPU with frozen weights, on a GPU as a CUDA graph; *first call* is mostly "
         "the compiler. Memory is what a warm call takes at once beyond weights and images, and what a CUDA graph of "
-        "the call keeps. For a GPU a table tells what each kind of layer of the optimized network must move and "
-        "compute, each of its kernels reading and writing once; the floor is the time to move that at the rate of a "
-        "large copy, measured in the same run."
+        "the call keeps. A table tells what each kind of layer of the optimized network must move and compute, if each "
+        "of its kernels on a GPU reads and writes once. The floor is the time to compute that at the rate of a large "
+        "product of matrices, or, where that takes longer, to move it at the rate of a large copy, both measured in "
+        "the same run; on a CPU, whose caches hold what lies between layers, to compute it."
     ),
     "train": (
         "Forward, backward and fused AdamW on a batch that is there already, without dropout and stochastic depth. "
         "Weights are in fp32; bfloat16 is that of autocast. *Checkpointed*, each block keeps its input alone and is "
-        "computed again going backward. Memory is what a warm step takes at once, with weights, gradients and the "
-        "optimizer's state."
+        "computed again going backward; *selective*, only norms, activations and gates are. Memory is what a warm step "
+        "takes at once, with weights, gradients and the optimizer's state."
     ),
     "scaling": (
         "The logits of growing images by the network made for inference, its windows of one size throughout; and by "

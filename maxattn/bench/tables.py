@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from maxattn.bench.dispatch import ADDED
@@ -197,17 +198,17 @@ def _fastest(rows: Sequence[Row], library: str, mode: str) -> float | None:
 
 def _floor_of(work: Sequence[Work], result: Result, timed: Sequence[Row]) -> list[str]:
     """What bounds the network made for inference, by kind of layer, and how far the fastest of ours is from that."""
-    rate = result.settings.get("bytes_per_second")
-    if not work or not isinstance(rate, (int, float)):
+    rates = [result.settings.get(name) for name in ("bytes_per_second", "flops_per_second")]
+    moving, computing = (rate if isinstance(rate, (int, float)) else math.inf for rate in rates)
+    if not work or moving == computing == math.inf:
         return []
+    floors = [max(one.bytes / moving, one.flops / computing) for one in work]
     lines = [
-        (kind, short(moved / 1e9), short(flops / 1e9), duration(moved / rate))
-        for kind, moved, flops in (
-            *((one.kind, one.bytes, one.flops) for one in work),
-            ("all", sum(one.bytes for one in work), sum(one.flops for one in work)),
-        )
+        (one.kind, short(one.bytes / 1e9), short(one.flops / 1e9), duration(floor))
+        for one, floor in zip(work, floors, strict=True)
     ]
-    floor = sum(one.bytes for one in work) / rate
+    moved, computed, floor = sum(one.bytes for one in work), sum(one.flops for one in work), sum(floors)
+    lines.append(("all", short(moved / 1e9), short(computed / 1e9), duration(floor)))
     best = min((row.time.median for row in timed if row.time and row.library == OURS), default=None)
     text = "What must be moved and computed, and the floor"
     text += "" if best is None else f"; the fastest of ours takes {best / floor:.2f} times that of all"

@@ -183,6 +183,15 @@ def copy_bandwidth(device: str, effort: Effort) -> float:
     return 2 * source.numel() / interleaved({"copy": sampler}, effort)["copy"].median
 
 
+def product_rate(device: str, dtype: torch.dtype, effort: Effort) -> float:
+    """Floating point operations a second, a multiply-add being two, of a large product of random matrices."""
+    side = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = partial(torch.mm, a, b)
+    sampler = on_gpu(product) if device == "cuda" else wall_clock(product, device, effort)
+    return 2 * side**3 / interleaved({"product": sampler}, effort)["product"].median
+
+
 def failure(error: BaseException) -> str:
     """Why a candidate has no time, in a line."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):

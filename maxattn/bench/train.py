@@ -28,6 +28,7 @@ from maxattn.bench.networks import (
 )
 from maxattn.bench.results import Keep, Mode, Result, lose
 from maxattn.bench.timing import Call, Effort, fastest_convolutions, release, wall_clock
+from maxattn.nn.checkpointing import Checkpointing
 from maxattn.spec import MaxViTSpec
 
 
@@ -46,8 +47,7 @@ def measure(
 ) -> Result:
     """A step on a batch that is there already: time, and peak memory with weights, gradients and the optimizer's state.
 
-    Ours is measured with checkpointing too, in eager code: each block keeps its input alone, and is computed again
-    going backward.
+    Ours is measured with checkpointing too: selective, and in eager code whole, where each block keeps its input alone.
     Weights are in fp32, and a `dtype` of fewer bits is that of autocast. Without dropout and stochastic depth, so that
     all compute the same: the loss of the first step, and the norm of its gradient, are checked against ours in the next
     finer dtype (fp32 for autocast, fp64 for fp32), to the square root of the rounding of `dtype`.
@@ -69,11 +69,14 @@ def measure(
         exact: dict[int, tuple[float, float]] = {}
         asked = attention_problems(spec, batch, dtype, device, training=True)
         attention = {mode: attention_backends(asked, compiling=mode == "compiled") for mode in MODES}
+        ours, *theirs = found
+        networks = [(ours, modes), (_checkpointed(ours, "selective"), modes), (_checkpointed(ours, True), ["eager"])]
+        networks += [(variant, modes) for variant in theirs]
         candidates = [
-            _candidate(variant, images, dtype, mode, exact, attention[mode]) for variant in found for mode in modes
+            _candidate(variant, images, dtype, mode, exact, attention[mode])
+            for variant, its_modes in networks
+            for mode in its_modes
         ]
-        again = _candidate(_checkpointed(found[0]), images, dtype, "eager", exact, attention["eager"])
-        candidates.insert(len(modes), again)
         candidates += missing(reasons)
         case = case_facts(spec, batch, dtype)
         sampler = partial(wall_clock, device=device, effort=effort)
@@ -120,10 +123,10 @@ class Step:
         return torch.nn.utils.get_total_norm(gradients).item()
 
 
-def _checkpointed(ours: Variant) -> Variant:
+def _checkpointed(ours: Variant, how: Checkpointing) -> Variant:
     network = copy.deepcopy(ours.plain)
-    network.set_grad_checkpointing()
-    return replace(ours, name=f"{ours.name}, checkpointed", network=network)
+    network.set_grad_checkpointing(how)
+    return replace(ours, name=f"{ours.name}, {'checkpointed' if how is True else how}", network=network)
 
 
 def _candidate(

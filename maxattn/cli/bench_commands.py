@@ -84,6 +84,9 @@ def op(
     window: Annotated[str, typer.Option(metavar="N|HxW", help="With --size: tokens of a group.")] = "7",
     axis: Annotated[list[AxisName] | None, typer.Option(help="Just this one; by default both.")] = None,
     only: Annotated[list[PassName] | None, typer.Option("--pass", help="Just this one; by default both.")] = None,
+    bias: Annotated[
+        bool | None, typer.Option("--bias/--no-bias", help="Just this one; by default with it, on a GPU both.")
+    ] = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Just this one; may be given again; NAME+compile: under torch.compile."),
@@ -96,15 +99,15 @@ def op(
 ) -> None:
     """Measure Max-SA by every backend that can serve it, beside the time that moving its bytes takes.
 
-    By default the shapes of MaxViT-T's four stages, on a GPU also larger windows. Every backend is first checked
-    against the specification in fp64, within the error budget of `maxattn check`; one that is wrong is not timed. On a
-    GPU calls are replayed from a CUDA graph with a cold cache.
+    By default the shapes of MaxViT-T's four stages, on a GPU also larger windows; a bias is in fp32. Every backend is
+    first checked against the specification in fp64, within the error budget of `maxattn check`; one that is wrong is
+    not timed. On a GPU calls are replayed from a CUDA graph with a cold cache.
 
     \b
     Example:
       $ maxattn bench op --quick
       $ maxattn bench op --size 14x10 --width 32 --window 7x5 --axis grid --pass forward --batch 1 --quick
-      $ maxattn bench op --size 14 --backend naive --backend sdpa --pass training --quick --json > op.json
+      $ maxattn bench op --size 14 --backend naive --backend sdpa --pass training --no-bias --quick --json > op.json
     """
     from maxattn.bench import op as measurement
     from maxattn.ops.contract import Problem
@@ -121,6 +124,7 @@ def op(
     passes: list[measurement.Pass] = [one.value for one in only or PassName]
     if where == "cuda" and "training" in passes:
         passes.append("training without a graph")
+    biases = ([True, False] if where == "cuda" else [True]) if bias is None else [bias]
 
     def within_budget(attend: object, problem: Problem) -> None:
         verify(attend, Case(problem=problem))  # type: ignore[arg-type]
@@ -131,6 +135,7 @@ def op(
             within_budget,
             axes=[one.value for one in axis or AxisName],
             passes=passes,
+            biases=biases,
             backends=backend,
             dtype=kind,
             device=where,

@@ -114,9 +114,10 @@ def test_report_without_results_says_how_to_get_some(tmp_path: Path) -> None:
 
 
 def test_only_what_is_asked_for_is_measured() -> None:
-    rows = json.loads(run(*OP, "--axis", "grid", "--pass", "forward", "--dtype", "bf16", "--json").stdout)["rows"]
-    assert {(row["case"]["axis"], row["case"]["pass"], row["case"]["dtype"]) for row in rows} == {
-        ("grid", "forward", "bfloat16")
+    asked = ["--axis", "grid", "--pass", "forward", "--no-bias", "--dtype", "bf16"]
+    rows = json.loads(run(*OP, *asked, "--json").stdout)["rows"]
+    assert {tuple(row["case"][name] for name in ("axis", "pass", "bias", "dtype")) for row in rows} == {
+        ("grid", "forward", "none", "bfloat16")
     }
     assert [row["candidate"] for row in rows] == ["floor", "copy", "naive"]
 

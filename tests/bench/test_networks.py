@@ -59,6 +59,8 @@ def test_ours_is_measured_plain_and_optimised_eager_and_compiled() -> None:
         assert row.mib is not None
         assert row.mib > 0
         assert row.attention == "sdpa"
+    assert result.settings["flops_per_second"] > 1e8
+    assert result.work == tuple(work_of(SMALL, 1, torch.float32))
 
 
 @pytest.mark.parametrize("measure", [model.measure, train.measure], ids=["model", "train"])
@@ -247,6 +249,7 @@ class TestTraining:
         rows = told(result.rows)
         assert [name for name, (timed, _) in rows.items() if timed] == [
             "maxattn, eager",
+            "maxattn, selective, eager",
             "maxattn, checkpointed, eager",
             "timm, contiguous, eager",
             "timm, channels-last, eager",
@@ -254,17 +257,15 @@ class TestTraining:
 
     def test_runs_compiled_and_under_autocast(self) -> None:
         result = train.measure([SMALL], batches=[2], dtype=torch.bfloat16, peers=False, effort=TWO_ROUNDS)
-        timed = ["maxattn, eager", "maxattn, compiled", "maxattn, checkpointed, eager"]
-        assert told(result.rows) == dict.fromkeys(timed, (True, ""))
+        timed = [f"maxattn, {kind}{mode}" for kind in ("", "selective, ") for mode in ("eager", "compiled")]
+        assert told(result.rows) == dict.fromkeys([*timed, "maxattn, checkpointed, eager"], (True, ""))
         assert result.rows[0].case["dtype"] == "bfloat16"
 
     def test_memory_counts_weights_gradients_and_the_optimizers_state(self) -> None:
         rows = train.measure(["nano"], batches=[4], modes=["eager"], peers=False, effort=TWO_ROUNDS).rows
         weights = sum(weight.nbytes for weight in maxattn.build("nano").parameters()) / 2**20
-        plain, checkpointed = (row.mib for row in rows)
-        assert plain is not None
-        assert checkpointed is not None
-        assert 4 * weights < checkpointed < plain  # weights, gradients and two moments
+        plain, selective, checkpointed = (row.mib or 0 for row in rows)
+        assert 4 * weights < checkpointed < selective < plain  # weights, gradients and two moments
 
     def test_a_network_with_another_gradient_is_not_timed(self) -> None:
         (ours, *_), _ = variants(maxattn.load_spec("nano"), peers=False)

@@ -33,6 +33,20 @@ class ForwardOnly(Naive):
     capabilities = Capabilities(backward=False)
 
 
+class Noting(Naive):
+    """Notes which bias it is given, which one the problem tells, and of what it is to give the gradient."""
+
+    name = "noting"
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[torch.dtype | None, torch.dtype | None, bool, bool]] = set()
+
+    def attend(self, qkv: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+        given = None if bias is None else bias.dtype
+        self.seen.add((given, problem.bias, problem.requires_grad, problem.bias_requires_grad))
+        return super().attend(qkv, bias, problem)
+
+
 def within_budget(attend: Any, problem: Problem) -> None:
     verify(attend, Case(problem=problem))
 
@@ -58,6 +72,22 @@ def test_every_backend_is_timed_in_both_passes_and_axes() -> None:
     assert forward.mib is not None
     assert training.mib is not None
     assert 0 < forward.mib < training.mib
+
+
+@pytest.mark.parametrize(("bias", "told", "dtype"), [(True, "float32", torch.float32), (False, "none", None)])
+def test_a_call_has_the_bias_that_its_case_tells_or_none(bias: bool, told: str, dtype: torch.dtype | None) -> None:
+    with registered(Noting()) as backend:
+        result = measured(axes=["block"], backends=["noting"], biases=[bias], dtype=torch.bfloat16)
+    assert {row.case["bias"] for row in result.rows} == {told}
+    assert {(row.case["pass"], row.note) for row in result.rows} == {("forward", ""), ("training", "")}
+    assert backend.seen == {(dtype, dtype, False, False), (dtype, dtype, True, bias)}
+
+
+def test_cases_with_a_bias_and_without_are_apart() -> None:
+    result = measured(axes=["block"], passes=["forward"], backends=["naive"], biases=[True, False])
+    assert [(row.case["bias"], row.candidate) for row in result.rows] == [
+        (bias, candidate) for bias in ("float32", "none") for candidate in ("floor", "copy", "naive")
+    ]
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])

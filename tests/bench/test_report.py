@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from maxattn.bench import Result, Row, Time, report, tables, this_machine
+from maxattn.bench import Result, Row, Time, plots, report, tables, this_machine
 from maxattn.bench.results import Work
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
@@ -48,10 +49,12 @@ def networks() -> Result:
     return Result(kind="model", machine=this_machine(), rows=(*rows, missing))
 
 
-def operator() -> Result:
+def operator(*biases: str) -> Result:
     rows = []
-    for what, floor in (("forward", 1e-4), ("training", 3e-4)):
-        case: dict[str, str | int] = {"batch": 8, "size": 56, "width": 64, "window": 7, "axis": "grid", "pass": what}
+    shape = {"batch": 8, "size": 56, "width": 64, "window": 7, "axis": "grid"}
+    for bias, what in product(biases or ("float32",), ("forward", "training")):
+        floor = {"forward": 1e-4, "training": 3e-4}[what]
+        case: dict[str, str | int] = {**shape, "bias": bias, "pass": what}
         rows += [
             Row(case=case, candidate="floor", library="floor", time=Time(median=floor)),
             Row(case=case, candidate="sdpa", library="sdpa", time=time(4 * floor), mib=12.0),
@@ -110,17 +113,20 @@ def test_tables_of_networks_tell_what_bounds_them() -> None:
         Work(case=plain.rows[0].case, kind="mlp", bytes=10**9, flops=10**12),
         Work(case={"batch": 256}, kind="mlp", bytes=10**15, flops=10**15),
     ]
-    text = tables.networks(replace(plain, work=tuple(work), settings={"bytes_per_second": 1e11}))
+    on_gpu = replace(plain, work=tuple(work), settings={"bytes_per_second": 1e11, "flops_per_second": 2e13})
+    text = tables.networks(on_gpu)
     assert "| depthwise | 3 | 2 | 30 ms |" in text
-    assert "| mlp | 1 | 1,000 | 10 ms |" in text
-    assert "| all | 4 | 1,002 | 40 ms |" in text
-    assert "the fastest of ours takes 2.00 times that of all" in text
+    assert "| mlp | 1 | 1,000 | 50 ms |" in text
+    assert "| all | 4 | 1,002 | 80 ms |" in text
+    assert "the fastest of ours takes 1.00 times that of all" in text
+    on_cpu = replace(on_gpu, settings={"flops_per_second": 2e13})
+    assert "| depthwise | 3 | 2 | 100 us |" in tables.networks(on_cpu)
     assert "floor" not in tables.networks(plain)
 
 
 def test_a_time_without_quartiles_has_no_spread() -> None:
     rows = tuple(replace(row, time=row.time and Time(median=row.time.median)) for row in operator().rows)
-    assert "| grid | 100 | 400 (4.00) |" in tables.op(replace(operator(), rows=rows))
+    assert "| grid | float32 | 100 | 400 (4.00) |" in tables.op(replace(operator(), rows=rows))
 
 
 def test_a_section_says_whether_its_machine_checked_what_it_timed(tmp_path: Path) -> None:
@@ -173,11 +179,20 @@ def test_a_file_of_others_in_the_place_of_a_page_is_refused_before_anything_is_w
 
 
 def test_tables_of_the_operator_tell_multiples_of_the_floor_and_memory() -> None:
-    text = tables.op(operator())
-    assert "| 8 | 56 | 64 | 7 | grid | 100 | 400 ±15% (4.00) |" in text
-    assert "| 8 | 56 | 64 | 7 | grid | 300 | 1,200 ±15% (4.00) |" in text
-    assert "| 8 | 56 | 64 | 7 | grid | 12 |" in text
+    text = tables.op(operator("float32", "none"))
+    for bias in ("float32", "none"):
+        assert f"| 8 | 56 | 64 | 7 | grid | {bias} | 100 | 400 ±15% (4.00) |" in text
+        assert f"| 8 | 56 | 64 | 7 | grid | {bias} | 300 | 1,200 ±15% (4.00) |" in text
+        assert f"| 8 | 56 | 64 | 7 | grid | {bias} | 12 |" in text
     assert "- triton: not able: no support for cpu" in text
+
+
+@pytest.mark.parametrize("biases", [("float32",), ("none",), ("float32", "none")])
+def test_plots_of_the_operator_have_panels_for_each_bias(biases: tuple[str, ...], tmp_path: Path) -> None:
+    assert plots.draw(operator(*biases), tmp_path / "op.svg")
+    text = (tmp_path / "op.svg").read_text("utf-8")
+    for bias in ("float32", "none"):
+        assert text.count(f"times the floor, bias {bias}<") == 2 * (bias in biases)
 
 
 def test_tables_of_scaling_tell_exponents_and_what_is_left_out() -> None:

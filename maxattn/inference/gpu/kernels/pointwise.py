@@ -17,9 +17,9 @@ def pointwise(
 ):  # fmt: skip
     """`out (M, N) = residual + act((x (M, K) * gate) weight (N, K)^T + bias)`; each part may be left out.
 
-    `gate (B, K)` has a row for every `pixels` rows of x, and is multiplied in while x is loaded. With SPANNED the rows of
-    a tile are of two images at most, and two rows of the gate are all that is loaded. Offsets are counted from the first
-    element of a tile: only that is a number of 64 bits.
+    `gate (B, K)` has a row for every `pixels` rows of x, and is multiplied in while x is loaded. With SPANNED the rows
+    of a tile are of two images at most, and two rows of the gate are all that is loaded. Offsets are counted from the
+    first element of a tile: only that is a number of 64 bits.
     """
     tile_m, tile_n = tile_of(N, BLOCK_N)
     first = (tile_m * BLOCK_M).to(tl.int64)
