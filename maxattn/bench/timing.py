@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from maxattn.bench.results import Time
+from maxattn.inference import onednn
 from maxattn.ops.registry import told
 
 Call = Callable[[], object]
@@ -184,12 +185,19 @@ def copy_bandwidth(device: str, effort: Effort) -> float:
 
 
 def product_rate(device: str, dtype: torch.dtype, effort: Effort) -> float:
-    """Floating point operations a second, a multiply-add being two, of a large product of random matrices."""
+    """Floating point operations a second, a multiply-add being two, of a large product of random matrices.
+
+    On the CPU by the faster of PyTorch's usual library and oneDNN, which on some processors is twice as fast.
+    """
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    product = partial(torch.mm, a, b)
-    sampler = on_gpu(product) if device == "cuda" else wall_clock(product, device, effort)
-    return 2 * side**3 / interleaved({"product": sampler}, effort)["product"].median
+    products: dict[str, Call] = {"usual": partial(torch.mm, a, b)}
+    with torch.no_grad():
+        if onednn.serves(a, b):
+            products["oneDNN"] = partial(onednn.linear, a, onednn.pack_linear(b), None, onednn.PostOp("none"))
+        sampler = on_gpu if device == "cuda" else partial(wall_clock, device=device, effort=effort)
+        times = interleaved({name: sampler(product) for name, product in products.items()}, effort)
+    return 2 * side**3 / min(time.median for time in times.values())
 
 
 def failure(error: BaseException) -> str:

@@ -70,8 +70,12 @@ def measure(
         asked = attention_problems(spec, batch, dtype, device, training=True)
         attention = {mode: attention_backends(asked, compiling=mode == "compiled") for mode in MODES}
         ours, *theirs = found
-        networks = [(ours, modes), (_checkpointed(ours, "selective"), modes), (_checkpointed(ours, True), ["eager"])]
-        networks += [(variant, modes) for variant in theirs]
+        networks: list[tuple[Variant, Sequence[Mode]]] = [
+            (ours, modes),
+            (_checkpointed(ours, "selective"), modes),
+            (_checkpointed(ours, True), ["eager"]),
+            *((variant, modes) for variant in theirs),
+        ]
         candidates = [
             _candidate(variant, images, dtype, mode, exact, attention[mode])
             for variant, its_modes in networks
