@@ -215,8 +215,7 @@ def _cache() -> Tensor:
 
 def _peak_on_cpu(call: Call) -> float:
     """By the profiler's record of every allocation: the process's own size also shows what freed memory it keeps."""
-    gc.collect()
-    with _silent_profiler(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+    with _garbage_kept(), _silent_profiler(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         call()
     assert profile.kineto_results is not None
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
@@ -225,6 +224,18 @@ def _peak_on_cpu(call: Call) -> float:
         taken += event.nbytes()
         most = max(most, taken)
     return most / 2**20
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Within the block no garbage of before is freed, which would count against what the call takes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -43,9 +43,12 @@ SizeOption = Annotated[
     str | None, typer.Option("--img-size", metavar="N|HxW", help="Pixels of the images; by default the spec's.")
 ]
 DtypeOption = Annotated[
-    str | None, typer.Option(metavar="DTYPE", help="float32, bf16, ...; by default bf16 on a GPU, else float32.")
+    str | None,
+    typer.Option("--dtype", metavar="DTYPE", help="float32, bf16, ...; by default bf16 on a GPU, else float32."),
 ]
-DeviceOption = Annotated[str | None, typer.Option(metavar="DEVICE", help="cpu or cuda; by default the best there is.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", metavar="DEVICE", help="cpu or cuda; by default the best there is.")
+]
 PeersOption = Annotated[
     bool, typer.Option("--peers/--no-peers", help="Beside timm's and torchvision's same network, where installed.")
 ]

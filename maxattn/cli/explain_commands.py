@@ -46,9 +46,9 @@ def explain(
     batch: Annotated[int, typer.Option(help="Images.", min=0, metavar="N")] = 1,
     heads: Annotated[int, typer.Option(help="Heads.", min=1, metavar="N")] = 2,
     head_dim: Annotated[int, typer.Option(help="Channels of a head.", min=1, metavar="N")] = 32,
-    dtype: Annotated[str, typer.Option(help="Of qkv: float32, bf16, ...", metavar="DTYPE")] = "float32",
+    dtype: Annotated[str, typer.Option("--dtype", help="Of qkv: float32, bf16, ...", metavar="DTYPE")] = "float32",
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; by default the best there is.", metavar="DEVICE")
+        str | None, typer.Option("--device", help="cpu, cuda, ...; by default the best there is.", metavar="DEVICE")
     ] = None,
     compute_capability: Annotated[
         str | None, typer.Option(help="Of the GPU, such as 9.0; by default this machine's.", metavar="MAJOR.MINOR")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -47,6 +48,16 @@ def examples(command: Any) -> list[str]:
 
 
 EXAMPLES = [line for path, command in commands() if path[0] not in OF_TRAINING for line in examples(command)]
+
+
+@pytest.mark.parametrize(("path", "command"), COMMANDS)
+def test_an_option_whose_value_is_called_as_itself_is_named(path: tuple[str, ...], command: Any) -> None:
+    """typer 0.27 takes such a metavar for the name: `--DEVICE`."""
+    function = inspect.unwrap(command.callback)
+    for parameter, hint in get_type_hints(function, include_extras=True).items():
+        for option in getattr(hint, "__metadata__", ()):
+            if isinstance(option, typer.models.OptionInfo) and option.metavar == parameter.upper():
+                assert f"--{parameter}" in (option.default, *option.param_decls)  # typer keeps the first as the default
 
 
 @pytest.mark.parametrize(("path", "command"), COMMANDS)

@@ -93,12 +93,21 @@ def test_what_it_cannot_serve_it_declines_with_a_reason(
     assert {reason.code for reason in found} == {code}
 
 
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("channels", [8, 40, 72, 104, 120])
+def test_4_gets_head_dims_for_which_its_kernels_agree(channels: int, capability: tuple[int, int]) -> None:
+    dim = FOUR.head_dim(channels, capability)
+    assert dim is not None
+    assert dim % 32 == 0
+    assert 0 <= dim - channels < 32
+
+
 @pytest.mark.parametrize(
     ("versions", "changed", "kernel"),
     [
         ((2, 3, 4), {}, "flash-attn 3, head dim 136, the bias in two terms"),
         ((2, 4), {}, "flash-attn 2, head dim 136, the bias in two terms"),
-        ((4,), {}, "flash-attn 4, head dim 136, the bias in two terms"),
+        ((4,), {}, "flash-attn 4, head dim 160, the bias in two terms"),
         ((2, 3, 4), NO_BIAS, "flash-attn 3, head dim 32"),
         ((2, 3, 4), {"dropout_p": 0.1}, "flash-attn 2, head dim 136, the bias in two terms"),
         ((2, 3, 4), {"compiling": True}, "flash-attn 2, head dim 136, the bias in two terms"),
@@ -111,12 +120,12 @@ def test_what_it_cannot_serve_it_declines_with_a_reason(
         (
             (2, 4),
             {"compute_capability": (10, 0), "deterministic": True},
-            "flash-attn 4, head dim 88, the bias in one term",
+            "flash-attn 4, head dim 96, the bias in one term",
         ),
         ((2, 4), {"compute_capability": (10, 0), "head_dim": 160} | NO_BIAS, "flash-attn 4, head dim 256"),
         ((2,), {"compute_capability": (10, 0)}, "flash-attn 2, head dim 136, the bias in two terms"),
         ((2, 4), {"compute_capability": (12, 0)}, "flash-attn 2, head dim 136, the bias in two terms"),
-        ((4,), {"compute_capability": (12, 0)}, "flash-attn 4, head dim 88, the bias in one term"),
+        ((4,), {"compute_capability": (12, 0)}, "flash-attn 4, head dim 96, the bias in one term"),
     ],
 )
 def test_the_gpu_and_the_problem_decide_the_generation(
@@ -191,15 +200,32 @@ def test_each_generation_is_called_by_its_own_signature(
     torch.testing.assert_close(out, maxattn.max_sa(qkv, "grid", (4, 3), bias, backend="naive"))
 
 
-def test_what_is_installed_is_told_without_an_import(tmp_path: Path) -> None:
-    for file in ("flash_attn/__init__.py", "flash_attn/cute/__init__.py", "flash_attn_2_cuda.py"):
+OF_TWO = ("flash_attn/__init__.py", "flash_attn/cute/__init__.py", "flash_attn_2_cuda.py")
+
+
+@pytest.mark.parametrize(
+    ("files", "versions", "told"),
+    [
+        pytest.param(OF_TWO, {"flash-attn": "2.8.3"}, ((2, "2.8.3"),), id="2, which holds an early flash_attn.cute"),
+        pytest.param(
+            OF_TWO, {"flash-attn": "2.8.3", "flash-attn-4": "4.0.0b36"}, ((2, "2.8.3"), (4, "4.0.0b36")), id="2, 4"
+        ),
+        pytest.param(OF_TWO[1:2], {"flash-attn-4": "4.0.0b36"}, ((4, "4.0.0b36"),), id="4, in a namespace package"),
+        pytest.param(("flash_attn_interface.py",), {}, ((3, ""),), id="3, of a version that is not known"),
+    ],
+)
+def test_what_is_installed_is_told_without_an_import(
+    files: tuple[str, ...], versions: dict[str, str], told: Any, tmp_path: Path
+) -> None:
+    for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("raise RuntimeError('imported')\n")
-    metadata = tmp_path / "flash_attn-2.8.3.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
+    for name, version in versions.items():
+        metadata = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     program = "import maxattn_flash_attn.generations as generations; print(generations.installed())"
-    assert python(tmp_path, arguments=("-c", program)) == "((2, '2.8.3'), (4, ''))\n"
+    assert python(tmp_path, arguments=("-c", program)) == f"{told}\n"
 
 
 def test_an_installed_plugin_without_flash_attn_says_so(tmp_path: Path) -> None:

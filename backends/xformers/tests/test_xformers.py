@@ -105,6 +105,8 @@ def test_conforms(name: str) -> None:
         pytest.param(Installed("0.0.36", True, False), {}, {"not_installed"}, id="without mslk, which it needs"),
         pytest.param(Installed("0.0.33.post2", False, False), {}, {"version"}, id="too old a version"),
         pytest.param(Installed("0.0.35", False, False, "libcudart.so.12"), {}, {"version"}, id="for another CUDA"),
+        pytest.param(OWN_KERNELS._replace(clash=True), {}, {"version"}, id="beside flash-attn 4 alone"),
+        pytest.param(Installed(None, False, True, clash=True), {}, {"version"}, id="mslk beside flash-attn 4 alone"),
         pytest.param(OWN_KERNELS, {"requires_grad": False}, {"bias_gradient"}, id="a gradient of the bias alone"),
         pytest.param(OWN_KERNELS, {"deterministic": True}, {"deterministic"}, id="determinism"),
         pytest.param(OWN_KERNELS, {"compute_capability": (10, 0)}, {"too_new"}, id="GPU too new"),
@@ -172,6 +174,22 @@ def test_what_is_installed_is_told_without_an_import(tmp_path: Path, requires: s
     (metadata / "METADATA").write_text(text)
     program = "import maxattn_xformers.library as library; print(*library.installed()[:3])"
     assert python(tmp_path, arguments=("-c", program)) == f"0.0.36 {needs} True\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "clash"),
+    [
+        pytest.param((), False, id="no flash-attn"),
+        pytest.param(("cute/__init__.py",), True, id="4"),
+        pytest.param(("__init__.py", "flash_attn_interface.py", "cute/__init__.py"), False, id="2 and 4"),
+    ],
+)
+def test_flash_attn_4_alone_is_known_to_stop_xformers(files: tuple[str, ...], clash: bool, tmp_path: Path) -> None:
+    for file in ("xformers/__init__.py", *(f"flash_attn/{file}" for file in files)):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("raise RuntimeError('imported')\n")
+    program = "import maxattn_xformers.library as library; print(library.installed().clash)"
+    assert python(tmp_path, arguments=("-c", program)) == f"{clash}\n"
 
 
 def test_an_installed_plugin_without_xformers_says_so(tmp_path: Path) -> None:

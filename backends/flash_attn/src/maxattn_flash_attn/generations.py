@@ -17,6 +17,12 @@ from maxattn.ops.contract import Problem, Reason
 MULTIPLE = 8
 """Head dims that the kernels take are multiples of this."""
 
+MULTIPLE_OF_FOUR = 32
+"""On 9.x, 4's backward pass gives a wrong gradient of q for some other head dims, and does not compile for 104 and 112.
+
+See https://github.com/Dao-AILab/flash-attention/pull/2896: kernels that disagree about how far a head dim is padded.
+"""
+
 LARGEST_HEAD_DIM = 256
 LARGEST_UNRESTRICTED = 192
 """Above, 3 refuses determinism, of 4 it is not known, and 2 has no backward pass with dropout in `SMALL_MEMORY`."""
@@ -35,6 +41,7 @@ class Generation:
     module: str
     distribution: str
     oldest: tuple[int, int] = (0, 0)
+    multiple: int = MULTIPLE
     dropout: bool = False
     compile: bool = False
 
@@ -44,7 +51,7 @@ class Generation:
 
     def head_dim(self, channels: int, capability: tuple[int, int] | None) -> int | None:
         """The smallest head dim of its kernels that holds `channels`; None if there is none."""
-        dim = -(-channels // MULTIPLE) * MULTIPLE
+        dim = -(-channels // self.multiple) * self.multiple
         major = capability[0] if capability else 0
         if self.number == 4 and major >= 10 and dim > 128:
             return LARGEST_HEAD_DIM if major < 12 and dim <= LARGEST_HEAD_DIM else None
@@ -90,7 +97,7 @@ TWO = Generation(
     number=2, module="flash_attn_2_cuda", distribution="flash-attn", oldest=(2, 7), dropout=True, compile=True
 )
 THREE = Generation(number=3, module="flash_attn_interface", distribution="flash-attn-3")
-FOUR = Generation(number=4, module="flash_attn.cute", distribution="flash-attn-4")
+FOUR = Generation(number=4, module="flash_attn.cute", distribution="flash-attn-4", multiple=MULTIPLE_OF_FOUR)
 
 PREFERRED = {8: (TWO,), 9: (THREE, TWO, FOUR), 10: (FOUR, TWO), 11: (FOUR, TWO), 12: (TWO, FOUR)}
 """By the major compute capability: the generations that have all passes there, the fastest first."""
@@ -98,13 +105,17 @@ PREFERRED = {8: (TWO,), 9: (THREE, TWO, FOUR), 10: (FOUR, TWO), 11: (FOUR, TWO),
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def installed() -> tuple[tuple[int, str], ...]:
-    """The generations that are installed, each by its number and version, "" where that is not known."""
+    """The generations that are installed, each by its number and version, "" where that is not known.
+
+    4 only under its own name: distributions of 2 hold an early `flash_attn.cute`, which does not work.
+    """
     return _installed()
 
 
 @cache
 def _installed() -> tuple[tuple[int, str], ...]:
-    return tuple((one.number, _version(one.distribution)) for one in (TWO, THREE, FOUR) if _found(one.module))
+    found = [(one, _version(one.distribution)) for one in (TWO, THREE, FOUR) if _found(one.module)]
+    return tuple((one.number, version) for one, version in found if version or one is not FOUR)
 
 
 def too_old(generation: Generation, version: str) -> bool:

@@ -7,6 +7,7 @@ import re
 from ctypes import CDLL
 from functools import cache
 from importlib import import_module
+from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,13 +27,15 @@ INSTALL = "pip install 'xformers>=0.0.35'"
 class Installed(NamedTuple):
     """What is installed: the version of xFormers ("" if it is not known, None if it is not there), and the rest.
 
-    `lacks` is the library of another CUDA that xFormers was built for, if that is not here.
+    `lacks` is the library of another CUDA that xFormers was built for, if that is not here; `clash`, whether neither it
+    nor mslk can be imported, as `clashes` has it.
     """
 
     xformers: str | None
     needs_mslk: bool
     mslk: bool
     lacks: str | None = None
+    clash: bool = False
 
 
 @cache
@@ -41,14 +44,22 @@ def installed() -> Installed:
     mslk = find_spec("mslk") is not None
     found = find_spec("xformers")
     if found is None:
-        return Installed(None, False, mslk)
+        return Installed(None, False, mslk, clash=clashes())
     lacks = missing_cuda(Path(found.origin or ""), torch.version.cuda)
     try:
         known = distribution("xformers")
     except PackageNotFoundError:
-        return Installed("", False, mslk, lacks)
+        return Installed("", False, mslk, lacks, clashes())
     needs = any(re.match(r"mslk\b", required) for required in known.requires or ())
-    return Installed(known.version, needs, mslk, lacks)
+    return Installed(known.version, needs, mslk, lacks, clashes())
+
+
+def clashes() -> bool:
+    """Whether there is a package flash_attn without flash-attn 2 in it, which xFormers and mslk then fail to import."""
+    spec = find_spec("flash_attn")
+    if spec is None:
+        return False
+    return PathFinder.find_spec("flash_attn.flash_attn_interface", spec.submodule_search_locations) is None
 
 
 def missing_cuda(package: Path, cuda: str | None) -> str | None:
@@ -73,8 +84,13 @@ def missing_cuda(package: Path, cuda: str | None) -> str | None:
 
 def missing(there: Installed) -> Reason | None:
     """Why there are no kernels; None if there are."""
+    if there.xformers is None and not there.mslk:
+        return Reason("not_installed", "xformers is not installed", INSTALL)
+    if there.clash:
+        told = "xformers cannot be imported where flash-attn 4 is installed without flash-attn 2"
+        return Reason("version", told, "pip install flash-attn, or pip uninstall flash-attn-4")
     if there.xformers is None:
-        return None if there.mslk else Reason("not_installed", "xformers is not installed", INSTALL)
+        return None
     if there.needs_mslk and not there.mslk:
         told = f"xformers {there.xformers} takes its attention from mslk, which is not installed"
         return Reason(
