@@ -109,6 +109,7 @@ def test_channels_whose_loads_would_be_narrow_are_not_fused() -> None:
 @pytest.mark.parametrize("columns", [16, 24, 64, 96, 192, 3072])
 @pytest.mark.parametrize("depth", [16, 64, 96, 256])
 def test_tiles_have_sides_that_a_kernel_takes(depth: int, columns: int) -> None:
-    for tile in (launches.pointwise(10**6, columns, depth), launches.pointwise(49, columns, depth)):
+    tiles = [launches.pointwise(rows, columns, depth, gated) for rows in (10**6, 49) for gated in (False, True)]
+    for tile in tiles:
         assert all(side >= 16 and side & (side - 1) == 0 for side in tile[:3])
         assert depth % 32 or depth % tile.depth == 0

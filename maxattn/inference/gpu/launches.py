@@ -1,7 +1,7 @@
-"""How each kernel is cut and run, and what is left to cuBLAS. NOT MEASURED YET: chosen to fit an H200 without spills.
+"""How each kernel is cut and run, and what is left to cuBLAS.
 
-What was looked at is what the compiler says for compute capability 9.0: registers, spills and shared memory of every
-launch that the presets need. Which is fastest only a GPU can say.
+Chosen from the times of each kernel of MaxViT-T at 224 and MaxViT-B at 384 in bfloat16, alone on an NVIDIA H200, among
+those launches that fit its registers.
 """
 
 from __future__ import annotations
@@ -48,16 +48,20 @@ ALIGNED = 16
 """Rows are held of multiples of so many channels: of others loads are narrow, and registers spill."""
 
 LIBRARY = frozenset({"none", "relu", "gelu_tanh"})
-"""Activations that cuBLASLt applies to a product with nothing else around it; the GELU of `torch._addmm_activation` is
-the one with tanh on a GPU, the exact one on a CPU."""
+"""Activations that cuBLASLt applies to a product with nothing else around it, faster than we; the GELU of
+`torch._addmm_activation` is the one with tanh on a GPU, the exact one on a CPU."""
 
 
-def pointwise(rows: int, columns: int, depth: int) -> Tile:
-    """For a product of `(rows, depth)` and `(depth, columns)`."""
+def pointwise(rows: int, columns: int, depth: int, gated: bool) -> Tile:
+    """For a product of `(rows, depth)`, gated or not, and `(depth, columns)`."""
     block_k = 64 if depth % 64 == 0 else 32
-    wide = block_of(columns, 16, 128)
+    wide = 64 if columns % 128 == 64 else block_of(columns, 16, 128)
     if rows <= 64 * 132:  # few tiles: smaller ones, so that every multiprocessor has one
         return Tile(64, min(wide, 64), block_k, 4, 4)
+    if depth <= 128 and columns > depth:  # little to load for what is written
+        return Tile(128, wide, 32, 4, 4)
+    if gated and columns <= 256:  # what is gated passes through registers, of which a thread has more then
+        return Tile(128, wide, block_k, 4, 3)
     return Tile(128, wide, block_k, 8 if wide == 128 else 4, 3)
 
 
@@ -69,7 +73,7 @@ def convolution(channels: int, columns: int) -> Tile:
 
 def narrow(channels: int, outputs: int) -> Tile:
     """For a product of so few channels, which are the depth of a tile, to so many outputs."""
-    return Tile(128, block_of(outputs, 16, 64), block_of(channels, 16, 1024), 4, 3)
+    return Tile(128, block_of(outputs, 16, 64 if channels <= 64 else 32), block_of(channels, 16, 1024), 4, 3)
 
 
 def norm(channels: int) -> Rows:
@@ -83,10 +87,12 @@ def mlp(channels: int) -> Tile:
     return Tile(64, block_of(channels, 16, 1024), 64, 4, 3)
 
 
-def depthwise(height: int, width: int, channels: int, stride: int) -> Strip:
-    """For an output of `height` x `width` pixels."""
-    rows = next((rows for rows in (28, 14) if height % rows == 0), min(block_of(height, 1, 16), 16))
-    return Strip(rows, 4, 64, 1, 3)
+def depthwise(height: int, width: int, channels: int) -> Strip:
+    """For an output of `height` x `width` pixels: a warp has 8 channels a thread."""
+    dividing = max(rows for rows in range(1, 17) if height % rows == 0)
+    rows = dividing if dividing >= 7 else min(block_of(height, 1, 16), 16)
+    narrow = 8 < width <= 28 and channels % 128 == 0
+    return Strip(rows, 2 if narrow else 4, 128 if narrow else 64, 1, 3)
 
 
 def pool(channels: int) -> Rows:

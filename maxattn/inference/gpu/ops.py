@@ -38,7 +38,7 @@ def pointwise(
     x, weight = x.contiguous(), weight.contiguous()
     (N, K), pixels = weight.shape, 1 if gate is None else x[0, ..., 0].numel()
     M = x.numel() // K
-    tile = launches.pointwise(M, N, K)
+    tile = launches.pointwise(M, N, K, gate is not None)
     with on_device_of(x):
         _launch(pointwise_kernel.pointwise, _tiles(M, tile.rows) * _tiles(N, tile.columns))(
             x, weight, _or(bias, x), _or(gate, x), _or(residual, x), out, M, N, K, pixels,
@@ -106,7 +106,7 @@ def depthwise(
     """As `reference.depthwise`; instead of the mean, parts `(B, parts, C)` of it in fp32: none if not `pooled`."""
     out, means = depthwise_outputs(x, weight, bias, act, stride, padding, pooled)
     B, out_H, out_W, C = out.shape
-    strip, runs, strips = _cut(out, stride)
+    strip, runs, strips = _cut(out)
     with on_device_of(x):
         _launch(depthwise_kernel.depthwise, B * runs * strips * _tiles(C, strip.channels))(
             x.contiguous(), weight.contiguous(), _or(bias, x), out, means,
@@ -165,7 +165,7 @@ def depthwise_outputs(
     """What `depthwise` returns, not yet computed."""
     B, H, W, C = x.shape
     out = x.new_empty(B, *_sizes(H, W, 3, 3, stride, padding), C)
-    _, runs, strips = _cut(out, stride)
+    _, runs, strips = _cut(out)
     return out, x.new_empty((B, runs * strips, C) if pooled else (0,), dtype=torch.float32)
 
 
@@ -198,10 +198,10 @@ def _sizes(H: int, W: int, kernel_h: int, kernel_w: int, stride: int, padding: l
     return (H + top + bottom - kernel_h) // stride + 1, (W + left + right - kernel_w) // stride + 1
 
 
-def _cut(out: Tensor, stride: int) -> tuple[launches.Strip, int, int]:
+def _cut(out: Tensor) -> tuple[launches.Strip, int, int]:
     """How the output of a depthwise convolution is cut: the launch, and how many runs and strips an image has."""
     _, out_H, out_W, C = out.shape
-    strip = launches.depthwise(out_H, out_W, C, stride)
+    strip = launches.depthwise(out_H, out_W, C)
     return strip, _tiles(out_H, strip.rows), _tiles(out_W, strip.columns)
 
 

@@ -97,10 +97,10 @@ class TestPointwise:
         self.check(x=x, weight=torch.eye(32, device=DEVICE, dtype=dtype), bias=bias, act=act)
 
     def test_many_rows_are_cut_otherwise(self) -> None:
-        few, many = (launches.pointwise(rows, 256, 64) for rows in (64, 10**6))
+        few, many = (launches.pointwise(rows, 256, 64, False) for rows in (64, 10**6))
         assert few != many
         x, weight = normal(1, 97, 90, 16, dtype=torch.float16), normal(16, 16, dtype=torch.float16)
-        assert launches.pointwise(97 * 90, 16, 16).rows == many.rows
+        assert launches.pointwise(97 * 90, 16, 16, False).rows == many.rows
         self.check(x=x, weight=weight, residual=x)
 
     def test_is_an_operator(self) -> None:
@@ -193,7 +193,7 @@ class TestDepthwise:
         ids=str,
     )
     @pytest.mark.parametrize(
-        "size", [(1, 9, 13, 72), (2, 8, 18, 24), (1, 2, 2, 64), (1, 19, 6, 8), (1, 5, 7, 130)], ids=str
+        "size", [(1, 9, 13, 72), (2, 8, 18, 24), (1, 2, 2, 64), (1, 19, 6, 8), (1, 5, 7, 130), (1, 7, 10, 128)], ids=str
     )
     def test_any_size_and_padding(
         self, size: tuple[int, ...], stride: int, padding: tuple[int, int, int, int], dtype: torch.dtype
