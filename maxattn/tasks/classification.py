@@ -13,6 +13,11 @@ def loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor
     return F.cross_entropy(logits if logits.itemsize >= 4 else logits.float(), labels, label_smoothing=label_smoothing)
 
 
+def right(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of `logits (B, classes)` are largest at their label `(B)`, on their device."""
+    return (logits.argmax(-1) == labels).sum()
+
+
 @dataclass
 class Totals:
     """Sums over images, from which `loss` and `accuracy` follow.
@@ -31,9 +36,13 @@ class Totals:
 
     def add(self, logits: Tensor, labels: Tensor, loss: float) -> None:
         """Count a batch: `logits (B, classes)`, `labels (B)` and its mean loss."""
-        self.images += len(labels)
-        self.correct += int((logits.argmax(-1) == labels).sum())
-        self.summed_loss += loss * len(labels)
+        self.count(len(labels), int(right(logits, labels)), loss)
+
+    def count(self, images: int, correct: int, loss: float) -> None:
+        """Count a batch of so many images, of which so many are classified correctly, and its mean loss."""
+        self.images += images
+        self.correct += correct
+        self.summed_loss += loss * images
 
     @property
     def accuracy(self) -> float:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -110,6 +110,14 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - growing) / (steps - growing))
 
 
+class _Outcome(NamedTuple):
+    """What a step gave: on the device its loss, the norm of its gradient, and how many images were classified right."""
+
+    step: int
+    images: int
+    values: torch.Tensor
+
+
 class _Run:
     """A training and where it stands: in epoch `epoch`, after `step` of its steps."""
 
@@ -130,6 +138,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.epoch, self.step = 0, 0
         self.totals = classification.Totals()
+        self.unread: _Outcome | None = None
         self.history: list[dict[str, float]] = []
 
     def run_epoch(self, bar: Bar, check: Callable[[], None]) -> dict[str, float]:
@@ -143,6 +152,7 @@ class _Run:
             facts = f"loss {self.totals.loss:.3f}  accuracy {self.totals.accuracy:.1%}"
             bar.advance(len(labels), description=self._where(), facts=facts)
         check()
+        self.read()
         trained = time.perf_counter() - started
 
         def on_batch(count: int) -> None:
@@ -151,7 +161,7 @@ class _Run:
 
         held_out = self.classifier.evaluate(self.val_images, self.batch_size, on_batch)
         if not math.isfinite(held_out.loss):
-            raise self._diverged(f"the loss on held-out images is {held_out.loss}")
+            raise self._diverged(f"the loss on held-out images is {held_out.loss}", self.step)
         metrics = {
             "epoch": self.epoch + 1,
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -195,6 +205,7 @@ class _Run:
 
     def save(self, out: Path) -> None:
         """Only with a checkpoint is the folder one to resume in; a run that fails before leaves nothing in the way."""
+        self.read()
         save_checkpoint(out / CHECKPOINT, self.state())
         _write(out / CONFIG, self.config.to_yaml())
 
@@ -213,7 +224,7 @@ class _Run:
         factor = lr_factor(self.epoch * self.steps + self.step, recipe.epochs * self.steps, recipe.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * factor
-        pixels, labels = pixels.to(self.device), labels.to(self.device)
+        pixels, labels = self._there(pixels), self._there(labels)
         pixels = random_shift(pixels, recipe.shift) if recipe.shift else pixels
         pixels = random_flip(pixels) if recipe.flip else pixels
         with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.amp == "bf16"):
@@ -221,21 +232,34 @@ class _Run:
         loss = classification.loss(logits, labels, recipe.label_smoothing)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
-        value = loss.item()
-        if not math.isfinite(value) or not torch.isfinite(norm):
-            raise self._diverged(f"the loss is {value}, the norm of its gradient {norm.item()}")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.totals.add(logits, labels, value)
+        values = [value.detach().to(loss.dtype) for value in (loss, norm, classification.right(logits, labels))]
+        self.read()
+        self.unread = _Outcome(self.step, len(labels), torch.stack(values))
         self.step += 1
+
+    def read(self) -> None:
+        """Count the last step. That is done a step late: a host that reads its loss at once waits for the device."""
+        if self.unread is None:
+            return
+        (step, images, values), self.unread = self.unread, None
+        loss, norm, correct = values.tolist()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise self._diverged(f"the loss is {loss}, the norm of its gradient {norm}", step)
+        self.totals.count(images, int(correct), loss)
+
+    def _there(self, x: torch.Tensor) -> torch.Tensor:
+        """On the device; from pinned memory, which the host need not wait for."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
     def _where(self) -> str:
         return f"epoch {self.epoch + 1}/{self.recipe.epochs}, step {self.step}/{self.steps}"
 
-    def _diverged(self, what: str) -> TrainingDiverged:
+    def _diverged(self, what: str, step: int) -> TrainingDiverged:
         last = f"what was saved after epoch {self.epoch} is kept" if self.epoch else "nothing was saved before"
         return TrainingDiverged(
-            f"{what} in epoch {self.epoch + 1}, step {self.step + 1}; {last}; a lower lr than {self.recipe.lr:g}, a "
+            f"{what} in epoch {self.epoch + 1}, step {step + 1}; {last}; a lower lr than {self.recipe.lr:g}, a "
             "longer warmup or a smaller clip_grad may help"
         )
 

@@ -23,7 +23,7 @@ from maxattn.ops import registry
 from maxattn.ops.contract import Problem
 from maxattn.ops.sdpa import Sdpa
 from maxattn.tasks import classification
-from maxattn.train import Classifier, TrainConfig, TrainingDiverged, TrainingInterrupted, load_config, train
+from maxattn.train import Classifier, TrainConfig, TrainingDiverged, TrainingInterrupted, engine, load_config, train
 from maxattn.train.data import ImageFolder, Images
 from maxattn.train.engine import lr_factor
 from maxattn.train.progress import SILENT
@@ -303,6 +303,23 @@ def test_a_training_that_diverges_at_once_saves_nothing(stripes: Path, tmp_path:
     with pytest.raises(TrainingDiverged, match=r"in epoch 1, step 1; nothing was saved before; a lower lr than 0.005"):
         train_acting(0, no_number, configure(), stripes, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_loss_of_a_step_is_read_once_the_next_step_is_under_way(
+    stripes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    read = engine._Run.read
+
+    def noted(run: engine._Run) -> None:
+        if run.unread is not None:
+            seen.append((run.unread.step, run.step))
+        read(run)
+
+    monkeypatch.setattr(engine._Run, "read", noted)
+    train(configure(), stripes, tmp_path / "out")
+    epochs = len(metrics(tmp_path / "out"))
+    assert seen == epochs * [(step, step + 1) for step in range(STEPS)]
 
 
 def test_mixed_precision_computes_in_bf16_and_keeps_the_weights_in_fp32(stripes: Path, tmp_path: Path) -> None:
