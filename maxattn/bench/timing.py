@@ -189,14 +189,18 @@ def product_rate(device: str, dtype: torch.dtype, effort: Effort) -> float:
 
     On the CPU by the faster of PyTorch's usual library and oneDNN, which on some processors is twice as fast.
     """
-    side = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    products: dict[str, Call] = {"usual": partial(torch.mm, a, b)}
     with torch.no_grad():
-        if onednn.serves(a, b):
+        packs = onednn.serves(*torch.empty(2, 1, 1, device=device, dtype=dtype))
+        side = 8192 if device == "cuda" else 2048 if packs else 512  # without fast products even this takes long
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        products: dict[str, Call] = {"usual": partial(torch.mm, a, b)}
+        if packs:
             products["oneDNN"] = partial(onednn.linear, a, onednn.pack_linear(b), None, onednn.PostOp("none"))
-        sampler = on_gpu if device == "cuda" else partial(wall_clock, device=device, effort=effort)
-        times = interleaved({name: sampler(product) for name, product in products.items()}, effort)
+        samplers: dict[str, Sampler] = {}
+        for name, product in products.items():
+            product()
+            samplers[name] = on_gpu(product) if device == "cuda" else wall_clock(product, device, effort)
+        times = interleaved(samplers, effort)
     return 2 * side**3 / min(time.median for time in times.values())
 
 

@@ -149,7 +149,7 @@ if torch.cuda.is_available():
 
     if generations.installed():
 
-        @pytest.mark.filterwarnings("ignore")  # what flash-attn 4 warns of, as it compiles
+        @pytest.mark.filterwarnings("ignore::UserWarning")  # what flash-attn 4 warns of, as it compiles
         @pytest.mark.parametrize("name", names_of_checks(FlashAttn(), "cuda"))
         def test_conforms_by_the_installed_flash_attn(name: str) -> None:
             (outcome,) = check_backend(FlashAttn(), device="cuda", examples=50, only=[name]).checks

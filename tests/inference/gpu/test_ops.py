@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.library import opcheck
 
 from maxattn.inference.gpu import launches, ops, reference
+from maxattn.inference.layers import FusedAvgPool2d
 from maxattn.ops.devices import on_device_of
 from maxattn.testing.budget import UNITS
 
@@ -286,6 +287,24 @@ class TestPool:
         x, given = normal(*size, dtype=dtype), (kernel, 2, padding, padded)
         same, exact = (reference.pool(each, *given) for each in (x, x.double()))
         assert_within_budget(ops.pool(x, *given), same, exact)
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            (2, 2, 0, True, False),
+            (3, 2, 1, False, True),
+            (2, 2),
+            (2, 2, 0, True, False, 3),
+            ((2, 2), (2, 2), (0, 0), True, False),
+            (3, 1, 1),
+        ],
+        ids=str,
+    )
+    def test_a_layer_is_what_it_was_made_from(self, given: tuple[Any, ...]) -> None:
+        layer, x = nn.AvgPool2d(*given), normal(2, 24, 7, 9, dtype=torch.float16)
+        x = x.to(memory_format=torch.channels_last)
+        pooled = (each.permute(0, 2, 3, 1) for each in (FusedAvgPool2d(layer)(x), layer(x), layer(x.double())))
+        assert_within_budget(*pooled)
 
     def test_is_an_operator(self) -> None:
         opcheck(ops.pool, (normal(2, 5, 6, 16, dtype=torch.float16), 2, 2, 0, False))

@@ -44,7 +44,8 @@ def normed(value, known, C, eps, NORM: tl.constexpr):
         value = tl.where(known[None, :], value - (tl.sum(value, 1) / C)[:, None], 0.0)
     else:
         tl.static_assert(NORM == "rms_norm", "unknown norm")
-    return value * tl.rsqrt(tl.sum(value * value, 1) / C + tl.full((), eps, tl.float32))[:, None]
+    eps = tl.full((), eps, tl.float32)  # a compiler passes Python's floats in fp64
+    return value * tl.rsqrt(tl.sum(value * value, 1) / C + eps)[:, None]
 
 
 @triton.jit
