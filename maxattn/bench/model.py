@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from maxattn.bench.attention import Asked, attention_backends, attention_problems
 from maxattn.bench.compare import Candidate, NotMeasured, Show, Span, compare, silent
+from maxattn.bench.kinds import seconds_by_kind
 from maxattn.bench.machine import this_machine
 from maxattn.bench.networks import (
     LAYOUTS,
@@ -86,12 +87,22 @@ def measure(
         sampler = partial(wall_clock, device=device, effort=effort)
         with fastest_convolutions():
             rows = compare(case, candidates, device, effort, sampler, span)
-        result = result.plus(rows, work_of(spec, batch, dtype))
+        seconds = {} if device == "cpu" else _kinds(found[0], images, effort)
+        result = result.plus(rows, work_of(spec, batch, dtype, seconds))
         keep(result)
         release(device)
     result = replace(result, finished=True)
     keep(result)
     return result
+
+
+def _kinds(ours: Variant, images: Tensor, effort: Effort) -> dict[str, float]:
+    """The seconds of each kind of layer; none if memory does not suffice."""
+    network = copy.deepcopy(ours.plain).eval().to(images)
+    try:
+        return seconds_by_kind(optimize_for_inference(network), images, effort.least)
+    except torch.OutOfMemoryError:
+        return {}
 
 
 def _settings(device: str, dtype: torch.dtype, effort: Effort) -> dict[str, str | int | float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -155,8 +155,10 @@ def case_facts(spec: MaxViTSpec, batch: int, dtype: torch.dtype) -> Case:
     }
 
 
-def work_of(spec: MaxViTSpec, batch: int, dtype: torch.dtype) -> list[Work]:
+def work_of(spec: MaxViTSpec, batch: int, dtype: torch.dtype, seconds: Mapping[str, float] | None = None) -> list[Work]:
     """By kind of layer, what the network made for inference on a GPU moves and computes at least.
+
+    `seconds` are those that each kind takes, if they are known.
 
     Example:
         >>> [work.kind for work in work_of(load_spec("nano"), 1, torch.bfloat16)][:3]
@@ -166,7 +168,8 @@ def work_of(spec: MaxViTSpec, batch: int, dtype: torch.dtype) -> list[Work]:
         network = build(spec)
     case, totals = case_facts(spec, batch, dtype), dict[str, Work]()
     for cost in costs(network, batch, pair(spec.img_size), dtype.itemsize):
-        so_far = totals.get(cost.kind, Work(case=case, kind=cost.kind, bytes=0, flops=0))
+        nothing = Work(case=case, kind=cost.kind, bytes=0, flops=0, seconds=(seconds or {}).get(cost.kind))
+        so_far = totals.get(cost.kind, nothing)
         totals[cost.kind] = replace(so_far, bytes=so_far.bytes + cost.bytes, flops=so_far.flops + cost.flops)
     return list(totals.values())
 

@@ -65,12 +65,16 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The bytes that all layers of one kind must move in a case, and their floating point operations."""
+    """The bytes that all layers of one kind must move in a case, and their floating point operations.
+
+    `seconds` is what they take in the network made for inference, where it was measured.
+    """
 
     case: Case
     kind: str
     bytes: int
     flops: int
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,16 +203,22 @@ def _floor_of(work: Sequence[Work], result: Result, timed: Sequence[Row]) -> lis
     if not work or moving == computing == math.inf:
         return []
     floors = [max(one.bytes / moving, one.flops / computing) for one in work]
-    lines = [
-        (one.kind, short(one.bytes / 1e9), short(one.flops / 1e9), duration(floor))
-        for one, floor in zip(work, floors, strict=True)
-    ]
-    moved, computed, floor = sum(one.bytes for one in work), sum(one.flops for one in work), sum(floors)
-    lines.append(("all", short(moved / 1e9), short(computed / 1e9), duration(floor)))
+    measured = any(one.seconds is not None for one in work)
+
+    def line(kind: str, moved: int, flops: int, floor: float, seconds: float | None) -> tuple[str, ...]:
+        cells = (kind, short(moved / 1e9), short(flops / 1e9), duration(floor))
+        if not measured:
+            return cells
+        return (*cells, *(("-", "-") if seconds is None else (duration(seconds), duration(seconds - floor))))
+
+    lines = [line(one.kind, one.bytes, one.flops, floor, one.seconds) for one, floor in zip(work, floors, strict=True)]
+    floor, seconds = sum(floors), sum(one.seconds or 0.0 for one in work)
+    lines.append(line("all", sum(one.bytes for one in work), sum(one.flops for one in work), floor, seconds))
     best = min((row.time.median for row in timed if row.time and row.library == OURS), default=None)
     text = "What must be moved and computed, and the floor"
     text += "" if best is None else f"; the fastest of ours takes {best / floor:.2f} times that of all"
-    return [f"{text}:\n\n{table(('layers', 'GB', 'GFLOP', 'floor'), lines, right=3)}"]
+    header = ("layers", "GB", "GFLOP", "floor", *(("measured", "above the floor") if measured else ()))
+    return [f"{text}:\n\n{table(header, lines, right=len(header) - 1)}"]
 
 
 def _attention(rows: Sequence[Row]) -> list[str]:

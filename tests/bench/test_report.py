@@ -119,6 +119,9 @@ def test_tables_of_networks_tell_what_bounds_them() -> None:
     assert "| mlp | 1 | 1,000 | 50 ms |" in text
     assert "| all | 4 | 1,002 | 80 ms |" in text
     assert "the fastest of ours takes 1.00 times that of all" in text
+    timed = replace(on_gpu, work=(replace(work[0], seconds=0.042), *work[1:]))
+    assert "| depthwise | 3 | 2 | 30 ms | 42 ms | 12 ms |" in tables.networks(timed)
+    assert "| mlp | 1 | 1,000 | 50 ms | - | - |" in tables.networks(timed)
     on_cpu = replace(on_gpu, settings={"flops_per_second": 2e13})
     assert "| depthwise | 3 | 2 | 100 us |" in tables.networks(on_cpu)
     assert "floor" not in tables.networks(plain)
