@@ -39,8 +39,8 @@ ABOUT: dict[str, str] = {
         "the call keeps. A table tells what each kind of layer of the optimized network must move and compute, if each "
         "of its kernels on a GPU reads and writes once. The floor is the time to compute that at the rate of a large "
         "product of matrices, or, where that takes longer, to move it at the rate of a large copy, both measured in "
-        "the same run; on a CPU, whose caches hold what lies between layers, to compute it. *Measured* is the time from "
-        "the end of an operator to that of the next, by the GPU's own clock, without a CUDA graph."
+        "the same run; on a CPU, whose caches hold what lies between layers, to compute it. *Measured* is the time "
+        "from the end of an operator to that of the next, by the GPU's own clock, without a CUDA graph."
     ),
     "train": (
         "Forward, backward and fused AdamW on a batch that is there already, without dropout and stochastic depth. "
