@@ -29,8 +29,17 @@ from maxattn.bench.networks import (
     work_of,
 )
 from maxattn.bench.peers import timm_network
-from maxattn.bench.results import Keep, Mode, Result, lose
-from maxattn.bench.timing import Call, Effort, copy_bandwidth, fastest_convolutions, product_rate, release, wall_clock
+from maxattn.bench.results import Keep, Mode, Result, Row, lose
+from maxattn.bench.timing import (
+    Call,
+    Effort,
+    copy_bandwidth,
+    failure,
+    fastest_convolutions,
+    product_rate,
+    release,
+    wall_clock,
+)
 from maxattn.inference import gpu, optimize_for_inference
 from maxattn.spec import MaxViTSpec, pair
 
@@ -87,7 +96,8 @@ def measure(
         sampler = partial(wall_clock, device=device, effort=effort)
         with fastest_convolutions():
             rows = compare(case, candidates, device, effort, sampler, span)
-        seconds = {} if device == "cpu" else _kinds(found[0], images, effort)
+        seconds, why = ({}, "") if device == "cpu" else by_kind(found[0], images, effort)
+        rows += [Row(case=case, candidate="kinds of layers", note=why)] if why else []
         result = result.plus(rows, work_of(spec, batch, dtype, seconds))
         keep(result)
         release(device)
@@ -96,13 +106,13 @@ def measure(
     return result
 
 
-def _kinds(ours: Variant, images: Tensor, effort: Effort) -> dict[str, float]:
-    """The seconds of each kind of layer; none if memory does not suffice."""
-    network = copy.deepcopy(ours.plain).eval().to(images)
+def by_kind(ours: Variant, images: Tensor, effort: Effort) -> tuple[dict[str, float], str]:
+    """The seconds of each kind of layer of the network made for inference; or none, and why."""
     try:
-        return seconds_by_kind(optimize_for_inference(network), images, effort.least)
-    except torch.OutOfMemoryError:
-        return {}
+        network = optimize_for_inference(copy.deepcopy(ours.plain).eval().to(images))
+        return seconds_by_kind(network, images, effort.least), ""
+    except Exception as error:  # it must not take along what was measured before
+        return {}, failure(error)
 
 
 def _settings(device: str, dtype: torch.dtype, effort: Effort) -> dict[str, str | int | float]:
