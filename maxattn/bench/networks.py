@@ -17,6 +17,7 @@ from maxattn.bench.results import Case, Work
 from maxattn.build import build
 from maxattn.inference.gpu.costs import costs
 from maxattn.nn import MaxViT
+from maxattn.ops.contract import dtype_name
 from maxattn.presets import load_spec
 from maxattn.spec import MaxViTSpec, pair
 from maxattn.weights import load_weights
@@ -151,7 +152,7 @@ def case_facts(spec: MaxViTSpec, batch: int, dtype: torch.dtype) -> Case:
         "network": spec.name or "unnamed",
         "img_size": size,
         "batch": batch,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
     }
 
 

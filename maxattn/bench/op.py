@@ -14,7 +14,7 @@ from maxattn.bench.compare import Candidate, Show, Span, compare, silent
 from maxattn.bench.machine import this_machine
 from maxattn.bench.results import Case, Keep, Result, Row, Time, lose
 from maxattn.bench.timing import Call, Effort, Sampler, captured, copy_bandwidth, on_gpu, release, wall_clock
-from maxattn.ops.contract import Axis, Problem
+from maxattn.ops.contract import Axis, Problem, dtype_name
 from maxattn.ops.dispatch import compute_capability, list_backends
 from maxattn.ops.max_sa import explain, max_sa
 
@@ -54,8 +54,8 @@ class Shape:
             "width": self.width,
             "window": window,
             "axis": axis,
-            "dtype": _name(dtype),
-            "bias": _name(BIAS) if bias else "none",
+            "dtype": dtype_name(dtype),
+            "bias": dtype_name(BIAS) if bias else "none",
             "pass": what,
         }
 
@@ -232,10 +232,6 @@ def _call(attend: Callable[[Tensor, Tensor | None], Tensor], problem: Problem, w
         return torch.autograd.grad(attend(of_qkv, of_bias), leaves, gradient)
 
     return infer if what == "forward" else train
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _sizes(problem: Problem) -> tuple[int, int, int]:

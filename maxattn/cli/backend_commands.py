@@ -6,8 +6,8 @@ import torch
 import typer
 
 from maxattn import plugins
-from maxattn.cli.output import JsonOption, dtype_name, print_json, print_table
-from maxattn.ops.contract import Capabilities
+from maxattn.cli.output import JsonOption, print_json, print_table
+from maxattn.ops.contract import Capabilities, dtype_name
 
 FEATURES = {
     "bias": "relative position bias",

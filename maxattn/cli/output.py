@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from maxattn.ops.contract import dtype_name
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print plain JSON, for programs.")]
 
 UNLIMITED = 100_000
@@ -40,10 +42,6 @@ def print_table(
             console.print(Text(title, style="bold"))
         console.print(table)
     typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _encode(value: Any) -> Any:

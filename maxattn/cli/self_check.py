@@ -10,8 +10,7 @@ from typing import Literal
 
 import torch
 
-from maxattn.cli.output import dtype_name
-from maxattn.ops.contract import Axis, Backend, Problem
+from maxattn.ops.contract import Axis, Backend, Problem, dtype_name
 from maxattn.ops.dispatch import Candidate, compute_capability, explain_problem
 from maxattn.testing.budget import shares, told_over
 from maxattn.testing.case import Case

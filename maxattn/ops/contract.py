@@ -87,9 +87,9 @@ class Problem:
             f"{self.axis} {self.window[0]}x{self.window[1]}",
             f"image {size}",
             f"{self.heads} heads of {self.head_dim}",
-            _short(self.dtype),
+            dtype_name(self.dtype),
             self.device + (" sm{}{}".format(*self.compute_capability) if self.compute_capability else ""),
-            "no bias" if self.bias is None else f"bias {_short(self.bias)}",
+            "no bias" if self.bias is None else f"bias {dtype_name(self.bias)}",
         ]
         gradients = [name for name, on in (("qkv", self.requires_grad), ("bias", self.bias_requires_grad)) if on]
         facts.append(f"gradient of {' and '.join(gradients)}" if gradients else "no gradient")
@@ -253,9 +253,15 @@ def _dot(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def _short(value: object) -> str:
-    return str(value).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """The name of a dtype, or of a device, without the library's.
+
+    Example:
+        >>> dtype_name(torch.bfloat16)
+        'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
 
 
 def _names(values: frozenset[str] | frozenset[torch.dtype]) -> str:
-    return ", ".join(sorted(map(_short, values)))
+    return ", ".join(sorted(map(dtype_name, values)))

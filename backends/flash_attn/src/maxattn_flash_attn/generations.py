@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
-from importlib.util import find_spec
 
 import torch
 
 from maxattn.ops.contract import Problem, Reason
+from maxattn.ops.libraries import has_module
 
 MULTIPLE = 8
 """Head dims that the kernels take are multiples of this."""
 
-MULTIPLE_OF_FOUR = 32
+MULTIPLE_IN_4 = 32
 """On 9.x, 4's backward pass gives a wrong gradient of q for some other head dims, and does not compile for 104 and 112.
 
 See https://github.com/Dao-AILab/flash-attention/pull/2896: kernels that disagree about how far a head dim is padded.
@@ -97,7 +96,7 @@ TWO = Generation(
     number=2, module="flash_attn_2_cuda", distribution="flash-attn", oldest=(2, 7), dropout=True, compile=True
 )
 THREE = Generation(number=3, module="flash_attn_interface", distribution="flash-attn-3")
-FOUR = Generation(number=4, module="flash_attn.cute", distribution="flash-attn-4", multiple=MULTIPLE_OF_FOUR)
+FOUR = Generation(number=4, module="flash_attn.cute", distribution="flash-attn-4", multiple=MULTIPLE_IN_4)
 
 PREFERRED = {8: (TWO,), 9: (THREE, TWO, FOUR), 10: (FOUR, TWO), 11: (FOUR, TWO), 12: (TWO, FOUR)}
 """By the major compute capability: the generations that have all passes there, the fastest first."""
@@ -114,7 +113,7 @@ def installed() -> tuple[tuple[int, str], ...]:
 
 @cache
 def _installed() -> tuple[tuple[int, str], ...]:
-    found = [(one, _version(one.distribution)) for one in (TWO, THREE, FOUR) if _found(one.module)]
+    found = [(one, _version(one.distribution)) for one in (TWO, THREE, FOUR) if has_module(one.module)]
     return tuple((one.number, version) for one, version in found if version or one is not FOUR)
 
 
@@ -127,15 +126,6 @@ def too_old(generation: Generation, version: str) -> bool:
     """
     known = re.match(r"(\d+)\.(\d+)", version)
     return known is not None and (int(known[1]), int(known[2])) < generation.oldest
-
-
-def _found(module: str) -> bool:
-    """Whether there is such a module; nothing is imported, not even the package that it is part of."""
-    package, _, rest = module.partition(".")
-    spec = find_spec(package)
-    if spec is None or not rest:
-        return spec is not None
-    return PathFinder.find_spec(module, spec.submodule_search_locations) is not None
 
 
 def _version(distribution: str) -> str:

@@ -7,7 +7,6 @@ import re
 from ctypes import CDLL
 from functools import cache
 from importlib import import_module
-from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from maxattn.ops.contract import Reason
+from maxattn.ops.libraries import has_module
 
 OLDEST = (0, 0, 34)
 """The first xFormers for the versions of PyTorch that maxattn needs."""
@@ -41,7 +41,7 @@ class Installed(NamedTuple):
 @cache
 def installed() -> Installed:
     """What of xFormers and mslk is installed; imports neither."""
-    mslk = find_spec("mslk") is not None
+    mslk = has_module("mslk")
     found = find_spec("xformers")
     if found is None:
         return Installed(None, False, mslk, clash=clashes())
@@ -56,10 +56,7 @@ def installed() -> Installed:
 
 def clashes() -> bool:
     """Whether there is a package flash_attn without flash-attn 2 in it, which xFormers and mslk then fail to import."""
-    spec = find_spec("flash_attn")
-    if spec is None:
-        return False
-    return PathFinder.find_spec("flash_attn.flash_attn_interface", spec.submodule_search_locations) is None
+    return has_module("flash_attn") and not has_module("flash_attn.flash_attn_interface")
 
 
 def missing_cuda(package: Path, cuda: str | None) -> str | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import NamedTuple
 
 from maxattn.ops.contract import Reason
+from maxattn.ops.libraries import has_module
 
 OLDEST = (0, 21, 7)
 """Before it, gradients of windows that do not fill its kernels' tiles could be NaN; before 0.20 there is no stride."""
@@ -27,10 +26,9 @@ class Installed(NamedTuple):
 @cache
 def installed() -> Installed:
     """What of NATTEN is installed; imports nothing of it."""
-    spec = find_spec("natten")
-    if spec is None:
+    if not has_module("natten"):
         return Installed(None, False)
-    kernels = PathFinder.find_spec("natten.libnatten", spec.submodule_search_locations) is not None
+    kernels = has_module("natten.libnatten")
     try:
         return Installed(version("natten"), kernels)
     except PackageNotFoundError:
