@@ -168,7 +168,8 @@ def _candidate(
         network = windows if name == WINDOWS else _with_weights_of(windows, own)
         if check:
             networks.append(network)
-        fast, images = optimize_for_inference(network), images_of(spec, batch, dtype, device)
+        compile = device != "cpu"  # else the time of a GPU's small images is Python's
+        fast, images = optimize_for_inference(network, compile=compile), images_of(spec, batch, dtype, device)
 
         def call() -> torch.Tensor:
             with torch.no_grad():

@@ -14,7 +14,7 @@ from maxattn.inference.fixed import Changes
 RECORDINGS = 64
 """How many sizes of images and batches are kept; the one not used for longest goes first."""
 WARM_UP = 2
-"""Calls before recording: they compile kernels and make workspaces, which a recording cannot."""
+"""Calls before recording: they compile kernels and make handles of libraries, which a recording cannot."""
 
 Replay = Callable[[Tensor], Tensor]
 
@@ -44,16 +44,15 @@ class CUDAGraphs:
         return x.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
     def record(self, forward: Replay, x: Tensor, memory: Memory | None) -> tuple[Replay, Memory]:
-        """Warm up in the stream that is recorded, whose workspaces are its own."""
+        """Nothing but recordings runs in their stream, so the workspace that cuBLAS gets for it is of their memory.
+
+        Any other workspace is freed whenever a compiler records a CUDA graph, and a replay would still write to it.
+        """
         if memory is None:
             memory = Memory(torch.cuda.graph_pool_handle(), torch.cuda.Stream(x.device))
         images, graph = torch.empty_like(x).copy_(x), torch.cuda.CUDAGraph()
-        here = torch.cuda.current_stream(x.device)
-        memory.stream.wait_stream(here)
-        with torch.cuda.stream(memory.stream):
-            for _ in range(WARM_UP):
-                forward(images)
-        here.wait_stream(memory.stream)
+        for _ in range(WARM_UP):
+            forward(images)
         with torch.cuda.device(x.device), torch.cuda.graph(graph, *memory, capture_error_mode="thread_local"):
             out = forward(images)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from maxattn.ops.contract import Problem
 from maxattn.ops.registry import registered
 from maxattn_triton import Triton, configs, tuned, tuning
 from maxattn_triton.configs import Key, Launch
+from maxattn_triton.tuning import Measured
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROBLEM = Problem(
@@ -36,6 +38,12 @@ PROBLEM = Problem(
 )
 FORWARD = Key("rows.forward", 4, 16, 2)
 TWO = [Launch(16, 16, 4, 1, 1), Launch(16, 16, 2, 1, 1)]
+SMALL = {"block_m": 16, "block_n": 16, "stages": 1, "programs": 1}
+
+
+@pytest.fixture
+def begin_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "_by_default", lambda key: TWO[0])
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +56,11 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuned._read.cache_clear()
 
 
+@pytest.mark.usefixtures("begin_small")
 def test_the_fastest_launch_of_each_kernel_is_kept_and_used(file: Path) -> None:
-    found = tuning.tune(PROBLEM, lambda key: TWO)
+    found = tuning.tune(PROBLEM, lambda key: [[{"warps": 2}, {"warps": 4}]])
     assert [one.key.kernel for one in found] == ["rows.forward"] * 2 + ["whole.backward"] * 2
+    assert [one.launch for one in found[:2]] == TWO
     assert all(one.milliseconds is not None and one.milliseconds > 0 and one.first_call > 0 for one in found)
     fastest = min(found[:2], key=lambda one: one.milliseconds or 0.0)
     assert configs.launch(FORWARD) == fastest.launch
@@ -93,24 +103,43 @@ def test_a_file_that_cannot_be_read_is_left_aside_with_a_warning(
     assert f"{file} is left aside" in caplog.text
 
 
-def test_a_launch_that_fails_is_told_and_not_kept() -> None:
+def test_a_launch_that_fails_is_told_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     three_keys = Launch(3, 3, 4, 1, 1)  # no power of two: no kernel takes such tiles
-    found = tuning.tune(
-        replace(PROBLEM, requires_grad=False, bias_requires_grad=False), lambda key: [three_keys, TWO[0]]
-    )
+    monkeypatch.setattr(configs, "_by_default", lambda key: three_keys)
+    found = tuning.tune(replace(PROBLEM, requires_grad=False, bias_requires_grad=False), lambda key: [[SMALL]])
     assert found[0].milliseconds is None
     assert found[0].failure
     assert configs.launch(FORWARD) == TWO[0]
 
 
-def test_no_launch_that_works_is_an_error() -> None:
+def test_no_launch_that_works_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "_by_default", lambda key: Launch(3, 3, 4, 1, 1))
     with pytest.raises(RuntimeError, match=r"no launch of rows\.forward works: "):
-        tuning.tune(PROBLEM, lambda key: [Launch(3, 3, 4, 1, 1)])
+        tuning.tune(PROBLEM, lambda key: [])
 
 
-def test_candidates_begin_with_what_is_used_and_hold_nothing_twice() -> None:
+@pytest.mark.parametrize("begin_with", TWO)
+def test_each_step_starts_from_the_fastest_before(begin_with: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "_by_default", lambda key: begin_with)
+    monkeypatch.setattr(
+        tuning,
+        "_measure",
+        lambda key, launch, problem: Measured(key, launch, milliseconds=10.0 - launch.warps - 0.1 * launch.stages),
+    )
+    found = tuning.tune(PROBLEM, lambda key: [[{"warps": 2}, {"warps": 4}], [{"stages": 2}, {"stages": 1}]])
+    (forward, _) = (list(group) for _, group in groupby(found, lambda one: one.key.kernel))
+    assert [one.launch for one in forward] == [
+        begin_with,
+        Launch(16, 16, 6 - begin_with.warps, 1, 1),
+        Launch(16, 16, 4, 2, 1),
+    ]
+    assert configs.launch(FORWARD) == Launch(16, 16, 4, 2, 1)
+
+
+def test_usual_steps_are_of_launches_that_kernels_take() -> None:
     for tokens in (1, 49, 144, 784):
         for key in configs.keys(replace(PROBLEM, window=(tokens, 1))):
-            found = tuning.candidates(key)
-            assert found[0] == configs.launch(key)
-            assert len(found) == len(set(found)) > 4
+            tiles, rest = tuning.usual_steps(key)
+            assert {tuple(sorted(step)) for step in tiles} == {("block_m", "block_n", "warps")}
+            assert len(rest) >= 4
+            assert all(size & (size - 1) == 0 for step in tiles for size in step.values())

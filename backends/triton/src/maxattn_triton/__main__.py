@@ -65,7 +65,7 @@ def tune(
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         keys = configs.keys(problem)
-        task = bar.add_task(keys[0].kernel, total=sum(len(tuning.candidates(key)) for key in keys))
+        task = bar.add_task(keys[0].kernel, total=sum(1 + sum(map(len, tuning.usual_steps(key))) for key in keys))
 
         def show(measured: tuning.Measured) -> None:
             bar.update(task, advance=1, description=measured.key.kernel)

@@ -35,53 +35,62 @@ class Measured:
     failure: str = ""
 
 
+Steps = list[list[dict[str, int]]]
+"""Fields of launches to try, in steps that follow each other."""
+
+
 def tune(
     problem: Problem,
-    launches: Callable[[Key], list[Launch]] | None = None,
+    steps: Callable[[Key], Steps] | None = None,
     progress: Callable[[Measured], None] = lambda measured: None,
 ) -> list[Measured]:
-    """Measure the launches of each kernel that serves `problem`, and keep the fastest on disk.
+    """Measure launches of each kernel that serves `problem`, and keep the fastest on disk.
 
-    One kernel after another, each with the best launch of those before. A launch must first give two images of the
-    problem, and a smaller ragged problem, within the error budget of the conformance kit.
+    One kernel after another, each with the best launch of those before. It begins with the launch that is used so far;
+    each step changes some fields of the fastest one until then. A launch must first give two images of the problem, and
+    a smaller ragged problem, within the error budget of the conformance kit.
 
     Args:
         problem: of known sizes, and one that `triton` serves.
-        launches: which to try for a kernel; by default `candidates`.
-        progress: told of each one that is done.
+        steps: what to try for a kernel; by default `usual_steps`.
+        progress: told of each launch that is done.
 
     Raises:
         RuntimeError: if no launch of a kernel works.
     """
     found: list[Measured] = []
     for key in configs.keys(problem):
-        tried = []
-        for launch in (launches or candidates)(key):
-            with configs.forced(key.kernel, launch):
-                tried.append(_measure(key, launch, problem))
-            progress(tried[-1])
-        timed = {one.milliseconds: one.launch for one in tried if one.milliseconds is not None}
-        if not timed:
-            raise RuntimeError(f"no launch of {key.kernel} works: {tried[0].failure if tried else 'none is tried'}")
-        tuned.save({key: timed[min(timed)]})
-        found += tried
+        tried: dict[Launch, Measured] = {}
+        best, as_it_is = configs.launch(key), dict[str, int]()
+        for step in ([as_it_is], *(steps or usual_steps)(key)):
+            for launch in (best._replace(**changed) for changed in step):
+                if launch not in tried:
+                    with configs.forced(key.kernel, launch):
+                        tried[launch] = _measure(key, launch, problem)
+                    progress(tried[launch])
+            times = {launch: one.milliseconds for launch, one in tried.items() if one.milliseconds is not None}
+            best = min(times, key=lambda launch: times[launch]) if times else best
+        if not times:
+            raise RuntimeError(f"no launch of {key.kernel} works: {next(iter(tried.values())).failure}")
+        tuned.save({key: best})
+        found += tried.values()
     return found
 
 
-def candidates(key: Key) -> list[Launch]:
-    """What is worth a try, beginning with what is used unless something else proves faster."""
-    known, largest = configs.launch(key), configs.block_of(key.tokens)
+def usual_steps(key: Key) -> Steps:
+    """Tiles and warps, which together must fit the registers; then the pipeline, and who walks which windows."""
+    largest = configs.block_of(key.tokens)
     blocks = [block for block in (16, 32, 64, 128) if block <= max(largest, 16)]
     pairs = [(largest, largest)] if key.kernel == "whole.backward" else list(product(blocks, blocks))
     fits = [pair for pair in pairs if pair[0] * pair[1] * max(key.head_dim, 32) <= 64 * 128 * 64 or len(pairs) == 1]
     side_by_side = (1, 2) if key.kernel in configs.SHARING else (1,)
-    found = [
-        Launch(block_m, block_n, warps, stages, programs, sharing)
-        for (block_m, block_n), warps, stages, programs, sharing in product(
-            fits, (2, 4, 8), (2, 3), (2, 4), side_by_side
-        )
+    return [
+        [{"block_m": m, "block_n": n, "warps": warps} for (m, n), warps in product(fits, (2, 4, 8))],
+        [
+            {"stages": stages, "programs": programs, "sharing": sharing}
+            for stages, programs, sharing in product((2, 3), (2, 4), side_by_side)
+        ],
     ]
-    return list(dict.fromkeys([known, *found]))
 
 
 def _measure(key: Key, launch: Launch, problem: Problem) -> Measured:

@@ -39,9 +39,13 @@ def sigmoid(x):
 
 @triton.jit
 def normed(value, known, C, eps, NORM: tl.constexpr):
-    """The norm of rows `value (BLOCK_M, BLOCK_C)`, of fp32, over the C channels that are `known`; others are zeros."""
+    """The norm of rows `value (BLOCK_M, BLOCK_C)`, of fp32, over the C channels that are `known`; others are zeros.
+
+    The mean's division is rounded correctly: a unit of a large mean is much to a small deviation.
+    """
     if NORM == "layer_norm":
-        value = tl.where(known[None, :], value - (tl.sum(value, 1) / C)[:, None], 0.0)
+        mean = tl.div_rn(tl.sum(value, 1), tl.full((), C, tl.float32))
+        value = tl.where(known[None, :], value - mean[:, None], 0.0)
     else:
         tl.static_assert(NORM == "rms_norm", "unknown norm")
     eps = tl.full((), eps, tl.float32)  # a compiler passes Python's floats in fp64
