@@ -249,6 +249,37 @@ class Backend(ABC):
         """
 
 
+Speeds = tuple[tuple[float, float], ...]
+"""Of windows of up to so many tokens: `(tokens, speed)` in ascending order, the last with an infinity or the most there
+are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredSpeed:
+    """How many times faster than `sdpa` a backend was measured to be, for its `relative_speed`.
+
+    Example:
+        >>> speed = MeasuredSpeed(inference=((64, 2.0), (float("inf"), 0.8)), training=((float("inf"), 1.5),))
+        >>> speed.of(Problem(axis="block", window=(7, 7), batch=1, height=14, width=14, heads=2, head_dim=32))
+        2.0
+    """
+
+    inference: Speeds
+    training: Speeds
+    inference_without_bias: Speeds | None = None
+    """As with one, if None."""
+    training_without_bias: Speeds | None = None
+
+    def of(self, problem: Problem) -> float:
+        """The speed for windows of as many tokens, in the pass that may follow."""
+        if problem.differentiated:
+            with_bias, without = self.training, self.training_without_bias
+        else:
+            with_bias, without = self.inference, self.inference_without_bias
+        speeds = without if problem.bias is None and without is not None else with_bias
+        return next(speed for tokens, speed in speeds if problem.tokens <= tokens)
+
+
 def _dot(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 

@@ -142,6 +142,7 @@ if torch.cuda.is_available():
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                 return super().flash(qkv, scale, generation, problem)
 
+    @pytest.mark.timeout(3600)
     @pytest.mark.parametrize("name", names_of_checks(OnCuda(), "cuda"))
     def test_conforms_by_pytorchs_flash_attention(name: str) -> None:
         (outcome,) = check_backend(OnCuda(), device="cuda", examples=50, only=[name]).checks
@@ -150,6 +151,7 @@ if torch.cuda.is_available():
     if generations.installed():
 
         @pytest.mark.filterwarnings("ignore::UserWarning")  # what flash-attn 4 warns of, as it compiles
+        @pytest.mark.timeout(3600)
         @pytest.mark.parametrize("name", names_of_checks(FlashAttn(), "cuda"))
         def test_conforms_by_the_installed_flash_attn(name: str) -> None:
             (outcome,) = check_backend(FlashAttn(), device="cuda", examples=50, only=[name]).checks

@@ -199,6 +199,8 @@ def test_families_that_were_not_used_for_long_are_forgotten_and_compiled_again(
         pytest.param({"dtype": torch.float64}, {"dtype"}, id="fp64"),
         pytest.param({"head_dim": 8}, {"head_dim"}, id="head dim too small"),
         pytest.param({"head_dim": 264}, {"head_dim"}, id="head dim too large"),
+        pytest.param({"head_dim": 129, "dtype": torch.float32}, {"head_dim"}, id="head dim too large for fp32"),
+        pytest.param({"head_dim": 128, "dtype": torch.float32}, set(), id="head dim as large as fp32 takes"),
         pytest.param({"dropout_p": 0.1}, {"dropout"}, id="dropout"),
         pytest.param({"deterministic": True}, {"deterministic"}, id="determinism of the gradient of the bias"),
         pytest.param({"compiling": True}, {"compile"}, id="compiling, with the gradient of the bias"),
@@ -250,7 +252,9 @@ def test_on_a_cpu_that_pytorch_has_no_code_for_it_says_so(
     ("changes", "before"),
     [
         pytest.param({"device": "cpu", "compute_capability": None}, False, id="cpu"),
-        pytest.param({"bias": None, "bias_requires_grad": False}, False, id="no bias"),
+        pytest.param({"bias": None}, True, id="49 tokens, no bias"),
+        pytest.param({"bias": None, "window": (12, 12)}, False, id="144 tokens, no bias"),
+        pytest.param({"bias": None, "requires_grad": True}, True, id="49 tokens, no bias, training"),
         pytest.param({"dtype": torch.float32}, False, id="fp32"),
         pytest.param({"window": (28, 28)}, False, id="784 tokens"),
         pytest.param({}, True, id="49 tokens"),
@@ -287,6 +291,7 @@ def test_an_installed_plugin_is_found_and_answers(tmp_path: Path) -> None:
 
 if torch.cuda.is_available():
 
+    @pytest.mark.timeout(3600)
     @pytest.mark.parametrize("name", names_of_checks(Flex(), "cuda"))
     def test_conforms_on_a_gpu(name: str) -> None:
         (outcome,) = check_backend(Flex(), device="cuda", examples=20, only=[name]).checks

@@ -6,6 +6,7 @@ run in the interpreter, and the processes talk over gloo.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -21,6 +22,8 @@ from maxattn_triton import Triton
 
 WORLD = 2
 DEVICE = "cuda" if torch.cuda.device_count() >= WORLD else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def layers() -> nn.Sequential:

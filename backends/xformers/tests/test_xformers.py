@@ -158,9 +158,23 @@ def test_the_kernel_that_takes_a_bias_is_asked_for_where_it_lives(
     assert library.memory_efficient_attention(x, x, x, bias, 0.1, 0.5) == (x, bias, 0.1, 0.5, "cutlass")
 
 
-def test_it_is_not_chosen_before_sdpa_while_nobody_has_measured_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        pytest.param({}, "xformers", id="49 tokens, training"),
+        pytest.param({"requires_grad": False, "bias_requires_grad": False}, "xformers", id="49 tokens"),
+        pytest.param({"requires_grad": False, "bias_requires_grad": False, "window": (12, 12)}, "sdpa", id="144"),
+        pytest.param({"bias": None, "bias_requires_grad": False}, "xformers", id="49 tokens, no bias, training"),
+        pytest.param(
+            {"bias": None, "bias_requires_grad": False, "window": (12, 12)}, "sdpa", id="144, no bias, training"
+        ),
+    ],
+)
+def test_it_is_chosen_before_sdpa_where_it_was_measured_to_be_faster(
+    changes: dict[str, Any], first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(library, "installed", lambda: OWN_KERNELS)
-    assert maxattn.explain(HOPPER).backend == "sdpa"
+    assert maxattn.explain(replace(HOPPER, **changes)).backend == first
 
 
 @pytest.mark.parametrize(("requires", "needs"), [("numpy", False), ("mslk", True), ("mslk>=1.1.1", True)])
@@ -203,6 +217,7 @@ def test_an_installed_plugin_without_xformers_says_so(tmp_path: Path) -> None:
 
 if torch.cuda.is_available() and library.missing(library.installed()) is None:
 
+    @pytest.mark.timeout(3600)
     @pytest.mark.parametrize("name", names_of_checks(Xformers(), "cuda", LEFT_OUT))
     def test_conforms_by_xformers_itself(name: str) -> None:
         (outcome,) = check_backend(Xformers(), device="cuda", examples=50, only=[name]).checks

@@ -100,28 +100,9 @@ def pointwise(
         if bias is not None:
             y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=act != "relu")
             return y.view(*x.shape[:-1], -1)
-    if gate is not None and residual is not None and act == "none":
-        images, depth = gate.shape
-        way = launches.gated(x.numel() // (images * depth), len(weight), depth)
-        if way != "kernel":
-            return _gated_before(way, x, weight, bias, gate, residual)
     from maxattn.inference.gpu import ops
 
     return ops.pointwise(x, weight, bias, act, gate, residual)
-
-
-def _gated_before(
-    way: launches.Gated, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, residual: Tensor
-) -> Tensor:
-    """`residual + (x * gate) weight^T + bias` by products of the library, which add to what is there."""
-    residual = residual.contiguous()  # else what is flattened below is a copy
-    out = residual.clone() if bias is None else residual + bias
-    if way == "weights":
-        out.flatten(1, -2).baddbmm_(x.flatten(1, -2), (weight * gate[:, None]).mT)
-    else:
-        gated = x.flatten(1, -2) * gate[:, None]
-        out.flatten(0, -2).addmm_(gated.flatten(0, 1), weight.t())
-    return out
 
 
 def after_norm(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, norm: str, eps: float) -> Tensor:

@@ -6,7 +6,7 @@ MaxViT-B at 384 in bfloat16. Kernels of less than 0.1 ms were not told apart.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 
 class Tile(NamedTuple):
@@ -50,29 +50,6 @@ ALIGNED = 16
 LIBRARY = frozenset({"none", "relu", "gelu_tanh"})
 """Activations that cuBLASLt applies to a product with nothing else around it, faster than we; the GELU of
 `torch._addmm_activation` is the one with tanh on a GPU, the exact one on a CPU."""
-
-OURS, LIBRARYS, MOVED = 0.21e15, 0.55e15, 4e12
-"""On an H200: floating point operations a second of our product with a gate and of the library's without, and bytes."""
-
-Gated = Literal["kernel", "weights", "input"]
-
-
-def gated(pixels: int, columns: int, depth: int) -> Gated:
-    """What a gate `(images, depth)` is multiplied into: the product's input within our kernel; or before a product of
-    the library, which is more than twice as fast, the weights, for each image anew, or the input. By the time of an
-    image of so many pixels, with two passes over the output for the bias and the residual.
-
-    Example:
-        >>> gated(96**2, 96, 384), gated(24**2, 384, 1536), gated(12**2, 768, 3072)
-        ('kernel', 'weights', 'input')
-    """
-    flops, output = 2 * pixels * columns * depth, 2 * pixels * columns
-    seconds: dict[Gated, float] = {
-        "kernel": flops / OURS,
-        "weights": flops / LIBRARYS + 4 * (output + columns * depth) / MOVED,
-        "input": flops / LIBRARYS + 4 * (output + pixels * depth) / MOVED,
-    }
-    return min(seconds, key=lambda way: seconds[way])
 
 
 def pointwise(rows: int, columns: int, depth: int, gated: bool) -> Tile:

@@ -163,7 +163,8 @@ def test_who_watches_attention_sees_what_it_is_given() -> None:
 
 
 def test_in_a_compilers_graph_as_operators_that_take_weights_as_they_are() -> None:
-    optimized, x = maxattn.optimize_for_inference(small()), images(batch=1)
+    model, x = small(), images(batch=1)
+    optimized = maxattn.optimize_for_inference(model)
     taken_by: set[str] = set()
 
     def look(module: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
@@ -174,7 +175,7 @@ def test_in_a_compilers_graph_as_operators_that_take_weights_as_they_are() -> No
 
     torch._dynamo.reset()
     with torch.no_grad():
-        assert torch.compile(optimized, backend=look, fullgraph=True)(x).equal(optimized(x))
+        assert_within_budget(model, torch.compile(optimized, backend=look, fullgraph=True)(x), x)
     assert {"pointwise.default", "narrow.default", "mlp.default"} <= taken_by
     assert taken_by - {"pointwise.default", "narrow.default", "mlp.default"} <= {"flatten", "t", "linear", "layer_norm"}
 

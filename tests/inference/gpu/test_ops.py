@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.library import opcheck
 
-from maxattn.inference import gpu
 from maxattn.inference.gpu import launches, ops, reference
 from maxattn.inference.layers import FusedAvgPool2d
 from maxattn.ops.devices import on_device_of
@@ -89,30 +88,6 @@ class TestPointwise:
             gate=normal(size[0], K, dtype=dtype).sigmoid(),
             residual=normal(*size, N, dtype=dtype, seed=1),
         )
-
-    @DTYPES
-    @pytest.mark.parametrize("way", get_args(launches.Gated))
-    @pytest.mark.parametrize("biased", [False, True])
-    def test_the_gate_in_any_way(
-        self, biased: bool, way: launches.Gated, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(launches, "gated", lambda pixels, columns, depth: way)
-        seen: list[object] = []
-        kernel = ops.pointwise
-        monkeypatch.setattr(ops, "pointwise", lambda *given: [seen.append(given), kernel(*given)][1])
-        residual = normal(3, 7, 5, 40, dtype=dtype, seed=1)
-        given = {
-            "x": normal(3, 7, 5, 72, dtype=dtype),
-            "weight": normal(40, 72, dtype=dtype) / 72**0.5,
-            "bias": normal(40, dtype=dtype) if biased else None,
-            "gate": normal(3, 72, dtype=dtype).sigmoid(),
-            "residual": residual.transpose(1, 2).contiguous().transpose(1, 2),
-        }
-        before = residual.clone()
-        same, exact = reference.pointwise(**given), reference.pointwise(**in_fp64(given))
-        assert_within_budget(gpu.pointwise(**given), same, exact)
-        assert residual.equal(before)
-        assert bool(seen) == (way == "kernel")
 
     @DTYPES
     @pytest.mark.parametrize("act", ACTIVATIONS)

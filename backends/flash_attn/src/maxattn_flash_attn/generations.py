@@ -17,7 +17,7 @@ MULTIPLE = 8
 """Head dims that the kernels take are multiples of this."""
 
 MULTIPLE_IN_4 = 32
-"""On 9.x, 4's backward pass gives a wrong gradient of q for some other head dims, and does not compile for 104 and 112.
+"""For some other head dims 4's backward pass was written to give a wrong gradient of q, or did not compile.
 
 See https://github.com/Dao-AILab/flash-attention/pull/2896: kernels that disagree about how far a head dim is padded.
 """
@@ -43,6 +43,8 @@ class Generation:
     multiple: int = MULTIPLE
     dropout: bool = False
     compile: bool = False
+    forward_only: frozenset[int] = frozenset()
+    """Major compute capabilities on which its backward pass was seen not to return."""
 
     @property
     def name(self) -> str:
@@ -62,6 +64,9 @@ class Generation:
         if dim is None:
             return [self._too_wide(problem, channels)]
         found = []
+        if problem.differentiated and problem.compute_capability and problem.compute_capability[0] in self.forward_only:
+            told = f"{self.name} was seen not to return from its backward pass on this kind of GPU"
+            found.append(Reason("backward", told, HAS_IT))
         if problem.dropout_p > 0 and not self.dropout:
             found.append(Reason("dropout", f"{self.name} has no dropout", HAS_IT))
         elif problem.dropout_p > 0 and problem.differentiated and self._lacks_memory(problem, dim):
@@ -96,7 +101,13 @@ TWO = Generation(
     number=2, module="flash_attn_2_cuda", distribution="flash-attn", oldest=(2, 7), dropout=True, compile=True
 )
 THREE = Generation(number=3, module="flash_attn_interface", distribution="flash-attn-3")
-FOUR = Generation(number=4, module="flash_attn.cute", distribution="flash-attn-4", multiple=MULTIPLE_IN_4)
+FOUR = Generation(
+    number=4,
+    module="flash_attn.cute",
+    distribution="flash-attn-4",
+    multiple=MULTIPLE_IN_4,
+    forward_only=frozenset({9}),  # 4.0.0b36 on an H200, with nvidia-cutlass-dsl 4.6.2 and 4.6.3
+)
 
 PREFERRED = {8: (TWO,), 9: (THREE, TWO, FOUR), 10: (FOUR, TWO), 11: (FOUR, TWO), 12: (TWO, FOUR)}
 """By the major compute capability: the generations that have all passes there, the fastest first."""

@@ -13,14 +13,20 @@ from math import inf
 import torch
 from torch import Tensor
 
-from maxattn.ops.contract import Backend, Capabilities, Problem, Reason
+from maxattn.ops.contract import Backend, Capabilities, MeasuredSpeed, Problem, Reason
 from maxattn.ops.windows import for_each_size, fused
 
-INFERENCE_SPEED = ((64, 1.4), (144, 1.15), (inf, 0.8))
-TRAINING_SPEED = ((63, 0.5), (64, 1.05), (inf, 1.2))
-"""Windows of up to so many tokens, with a bias: how many times faster than `sdpa`, on an NVIDIA H200 in bfloat16.
+MEASURED = MeasuredSpeed(
+    inference=((49, 1.6), (64, 1.4), (144, 1.15), (inf, 0.8)),
+    training=((63, 0.55), (64, 1.05), (inf, 1.2)),
+    inference_without_bias=((49, 1.35), (64, 1.2), (144, 0.97), (inf, 0.65)),
+    training_without_bias=((64, 1.4), (144, 1.1), (256, 0.94), (inf, 0.8)),
+)
+"""On an NVIDIA H200 in bfloat16, once compiled, replayed from CUDA graphs."""
 
-Once compiled."""
+
+LARGEST_HEAD_DIM_IN_FP32 = 128
+"""On a GPU: PyTorch's tiles for wider ones are larger than the shared memory of an H200."""
 
 
 class Flex(Backend):
@@ -42,6 +48,9 @@ class Flex(Backend):
         if problem.differentiated and problem.device not in self.trains_on:
             told = f"FlexAttention has no backward pass on {problem.device}"
             found.append(Reason("backward", told, f"no gradient, or {', '.join(sorted(self.trains_on))}"))
+        if (problem.device, problem.dtype) == ("cuda", torch.float32) and problem.head_dim > LARGEST_HEAD_DIM_IN_FP32:
+            told = f"FlexAttention has no tiles for head dim {problem.head_dim} in fp32"
+            found.append(Reason("head_dim", told, f"up to {LARGEST_HEAD_DIM_IN_FP32} in fp32, or 16 bits"))
         if problem.deterministic and problem.bias_requires_grad:
             told = "the gradient of the bias is added up in no fixed order"
             found.append(Reason("deterministic", told, "a bias without a gradient"))
@@ -51,10 +60,9 @@ class Flex(Backend):
         return found
 
     def relative_speed(self, problem: Problem) -> float:
-        if problem.device != "cuda" or problem.bias is None or problem.dtype == torch.float32:
+        if problem.device != "cuda" or problem.dtype == torch.float32:
             return 0.9  # not measured: never chosen before `sdpa`
-        speeds = TRAINING_SPEED if problem.differentiated else INFERENCE_SPEED
-        return next(speed for tokens, speed in speeds if problem.tokens <= tokens)
+        return MEASURED.of(problem)
 
     def missing(self, device: str) -> list[Reason]:
         """Why PyTorch cannot compile for such a device here at all; empty if it can."""

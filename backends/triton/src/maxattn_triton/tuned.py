@@ -6,6 +6,7 @@ package. A file may hold those of several stamps, as in a home directory that ma
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -41,9 +42,21 @@ def stamp(device: int) -> str:
     """
     name, driver = "interpreter", "none"
     if torch.cuda.is_available():
-        name, driver = torch.cuda.get_device_name(device), str(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009 - absent from a build for the CPU
+        name, driver = torch.cuda.get_device_name(device), driver_version()
     facts = {"gpu": name, "driver": driver, "torch": torch.__version__, "triton": triton.__version__}
     return ", ".join(f"{fact} {value}" for fact, value in (facts | {"maxattn-triton": __version__}).items())
+
+
+def driver_version() -> str:
+    """The newest CUDA, or HIP, that the driver serves, as it numbers it: 13000 is 13.0; "unknown" without a driver."""
+    nvidia = ("nvcuda.dll" if os.name == "nt" else "libcuda.so.1", "cuDriverGetVersion")
+    library, function = ("libamdhip64.so", "hipDriverGetVersion") if torch.version.hip else nvidia
+    number = ctypes.c_int()
+    try:
+        getattr(ctypes.CDLL(library), function)(ctypes.byref(number))
+    except (OSError, AttributeError):
+        return "unknown"
+    return str(number.value)
 
 
 def launch(key: Key) -> Launch | None:
