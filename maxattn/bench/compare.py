@@ -148,7 +148,9 @@ def _prepared(
         wrong = candidate.wrong(call)
         if wrong:
             return replace(row, note=f"not timed, its results are wrong: {wrong}"), None
-        mib = peak_mib(call, device) + graphs_mib(device) - kept + candidate.extra_mib(call)
+        peak, grown = peak_mib(call, device), graphs_mib(device) - kept
+        shared = kept > 0 and grown == 0 and candidate.mode in ("compiled", "recorded")  # those of a compiler all share
+        mib = None if shared else peak + grown + candidate.extra_mib(call)
         return replace(row, first_call=first_call, mib=mib, note=candidate.note), sampler(call)
     except NotMeasured as reason:
         note = str(reason)

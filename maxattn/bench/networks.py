@@ -135,13 +135,13 @@ def laid_out(network: nn.Module, images: Tensor, layout: str) -> tuple[nn.Module
     return copied.to(memory_format=memory_format), images.to(memory_format=memory_format)  # type: ignore[call-overload]
 
 
-def compiled(network: nn.Module, device: str, *, training: bool = False) -> Callable[[Tensor], Tensor]:
+def compiled(
+    network: nn.Module, device: str, *, training: bool = False, recorded: bool = False
+) -> Callable[[Tensor], Tensor]:
     """By `torch.compile` for one shape: for inference with frozen weights on the CPU and a CUDA graph on a GPU, as
-    `maxattn.optimize_for_inference` does."""
-    if training or device == "cpu":
-        function: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False)
-    else:
-        function = torch.compile(network, dynamic=False, mode="reduce-overhead")
+    `maxattn.optimize_for_inference` does; in training CUDA graphs only if `recorded`."""
+    mode = "reduce-overhead" if recorded or not (training or device == "cpu") else None
+    function: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False, mode=mode)
     return function if training or device != "cpu" else _frozen_at_first(function)
 
 

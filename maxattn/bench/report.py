@@ -36,8 +36,9 @@ ABOUT: dict[str, str] = {
         "memory layouts. torchvision's `maxvit_t` differs from the published MaxViT-T in details. Compiled networks "
         "are compiled for one batch, on a CPU with frozen weights, on a GPU as a CUDA graph; *first call* is mostly "
         "the compiler. Memory is what a warm call takes at once beyond weights and images, and what a CUDA graph of "
-        "the call keeps. A table tells what each kind of layer of the optimized network must move and compute, if each "
-        "of its kernels on a GPU reads and writes once. The floor is the time to compute that at the rate of a large "
+        "the call keeps; `torch.compile`'s graphs share that, so only the first one's is told. A table tells what "
+        "each kind of layer of the optimized network must move and compute, if each of its kernels on a GPU reads and "
+        "writes once. The floor is the time to compute that at the rate of a large "
         "product of matrices, or, where that takes longer, to move it at the rate of a large copy, both measured in "
         "the same run; on a CPU, whose caches hold what lies between layers, to compute it. *Measured* is the time "
         "from the end of an operator to that of the next, by the GPU's own clock, without a CUDA graph."
@@ -46,7 +47,8 @@ ABOUT: dict[str, str] = {
         "Forward, backward and fused AdamW on a batch that is there already, without dropout and stochastic depth. "
         "Weights are in fp32; bfloat16 is that of autocast. *Checkpointed*, each block keeps its input alone and is "
         "computed again going backward; *selective*, only norms, activations and gates are. Memory is what a warm step "
-        "takes at once, with weights, gradients and the optimizer's state."
+        "takes at once, with weights, gradients and the optimizer's state. *Recorded* is compiled and replayed as CUDA "
+        "graphs, as `maxattn train` does it on a GPU. Those share their memory, so only the first one's is told."
     ),
     "scaling": (
         "The logits of growing images by the network made for inference, its windows of one size throughout; and by "

@@ -12,7 +12,7 @@ from maxattn.bench.machine import Machine
 from maxattn.weights.files import replacing
 
 Kind = Literal["op", "model", "train", "scaling", "dispatch"]
-Mode = Literal["", "eager", "compiled"]
+Mode = Literal["", "eager", "compiled", "recorded"]
 Case = dict[str, str | int]
 
 
@@ -48,7 +48,7 @@ class Row:
         candidate: who computed it; `library` is whose code that is, `mode` whether `torch.compile` was used.
         first_call: seconds of the very first call, which compiles.
         mib: the most memory that tensors took at once during a warm call, beyond what was there before, and what a
-            CUDA graph of the call keeps.
+            CUDA graph of the call keeps; None for a graph in memory that earlier ones had made.
         attention: the backends that computed its attention, where they are ours.
     """
 

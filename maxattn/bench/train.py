@@ -48,6 +48,7 @@ def measure(
     """A step on a batch that is there already: time, and peak memory with weights, gradients and the optimizer's state.
 
     Ours is measured with checkpointing too: selective, and in eager code whole, where each block keeps its input alone.
+    Of the `modes`, "recorded" is compiled and replayed as CUDA graphs.
     Weights are in fp32, and a `dtype` of fewer bits is that of autocast. Without dropout and stochastic depth, so that
     all compute the same: the loss of the first step, and the norm of its gradient, are checked against ours in the next
     finer dtype (fp32 for autocast, fp64 for fp32), to the square root of the rounding of `dtype`.
@@ -61,6 +62,7 @@ def measure(
     wanted = [(spec, batch) for spec in specs_of(specs, img_size) for batch in batches]
     settings: dict[str, str | int | float] = {} if device == "cpu" else {"cudnn_benchmark": "on"}
     result = Result(kind="train", machine=this_machine(device), settings=settings, checked=True, finished=False)
+    eager: list[Mode] = [mode for mode in modes if mode == "eager"]
     for number, (spec, batch) in enumerate(wanted):
         span = Span(show).part(number, len(wanted))
         span.tell(0, f"{spec.name}: weights")
@@ -68,12 +70,12 @@ def measure(
         found, reasons = variants(spec, peers=peers)
         exact: dict[int, tuple[float, float]] = {}
         asked = attention_problems(spec, batch, dtype, device, training=True)
-        attention = {mode: attention_backends(asked, compiling=mode == "compiled") for mode in MODES}
+        attention = {mode: attention_backends(asked, compiling=mode != "eager") for mode in modes}
         ours, *theirs = found
         networks: list[tuple[Variant, Sequence[Mode]]] = [
             (ours, modes),
             (_checkpointed(ours, "selective"), modes),
-            (_checkpointed(ours, True), ["eager"]),
+            (_checkpointed(ours, True), eager),
             *((variant, modes) for variant in theirs),
         ]
         candidates = [
@@ -100,7 +102,8 @@ class Step:
         device = images.device.type
         self.network, self.images, self.device = network.train(), images, device
         self.dtype = dtype
-        self.forward = compiled(network, device, training=True) if mode == "compiled" else network
+        recorded = mode == "recorded"
+        self.forward = network if mode == "eager" else compiled(network, device, training=True, recorded=recorded)
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
         with torch.no_grad():
             classes = copy.deepcopy(network).eval()(images[:1]).shape[1]

@@ -209,7 +209,8 @@ def train(
     """Measure a training step of whole networks: forward, backward and AdamW, beside timm's and torchvision's.
 
     Images a second, and peak memory with weights, gradients and the optimizer's state. On a GPU under autocast to bf16,
-    batches of 128, else fp32 and batches of 4. The first loss and gradient are checked against ours in a finer dtype.
+    batches of 128, compiled also as CUDA graphs; else fp32 and batches of 4. The first loss and gradient are checked
+    against ours in a finer dtype.
 
     \b
     Example:
@@ -226,7 +227,7 @@ def train(
             img_size=None if img_size is None else values.size(img_size, "--img-size"),
             dtype=kind,
             device=where,
-            modes=_modes(where != "cpu" and not quick if compiled is None else compiled),
+            modes=_modes(where != "cpu" and not quick if compiled is None else compiled, recorded=where == "cuda"),
             peers=peers,
             effort=_effort(quick),
             show=show,
@@ -325,8 +326,10 @@ def _where(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
     return found, torch.float32 if found == "cpu" else torch.bfloat16
 
 
-def _modes(compiled: bool) -> tuple[Mode, ...]:
-    return ("eager", "compiled") if compiled else ("eager",)
+def _modes(compiled: bool, *, recorded: bool = False) -> tuple[Mode, ...]:
+    if not compiled:
+        return ("eager",)
+    return ("eager", "compiled", "recorded") if recorded else ("eager", "compiled")
 
 
 def _effort(quick: bool) -> Effort:

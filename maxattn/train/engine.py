@@ -132,7 +132,9 @@ class _Run:
         torch.manual_seed(recipe.seed)
         model = build(config.spec).to(device)
         if recipe.compile:
-            model.compile()
+            model.compile(
+                mode="reduce-overhead" if device.type == "cuda" else None
+            )  # as CUDA graphs: else the host limits
         self.classifier = Classifier(model, folder.classes, recipe.mean, recipe.std)
         groups = model.param_groups(lr=recipe.lr, weight_decay=recipe.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, fused=True)

@@ -59,7 +59,9 @@ class Recipe(Spec):
         (0.5,), description="Of pixels between 0 and 1, divided by: a list of one number, or of one a channel."
     )
     amp: Literal["none", "bf16"] = Field("none", description="Automatic mixed precision.")
-    compile: bool = Field(False, description="Compile the network at the first step: minutes, then faster steps.")
+    compile: bool = Field(
+        False, description="Compile the network at the first step, on a GPU as CUDA graphs: minutes, then faster steps."
+    )
     seed: NonNegativeInt = Field(0, description="Of the initial weights, the order of the images and what is random.")
     workers: NonNegativeInt = Field(4, description="Threads that read images, or processes if memory cannot hold them.")
 

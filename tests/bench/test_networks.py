@@ -21,6 +21,7 @@ from maxattn.bench.networks import (
     Reference,
     Variant,
     case_facts,
+    compiled,
     images_of,
     randomised,
     sized_spec,
@@ -254,6 +255,24 @@ class TestTraining:
             "timm, contiguous, eager",
             "timm, channels-last, eager",
         ]
+
+    @pytest.mark.parametrize(
+        ("device", "training", "recorded", "mode"),
+        [
+            ("cpu", False, False, None),
+            ("cuda", False, False, "reduce-overhead"),
+            ("cpu", True, False, None),
+            ("cuda", True, False, None),
+            ("cuda", True, True, "reduce-overhead"),
+        ],
+    )
+    def test_cuda_graphs_are_for_inference_and_what_is_recorded(
+        self, device: str, training: bool, recorded: bool, mode: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given: dict[str, object] = {}
+        monkeypatch.setattr(torch, "compile", lambda network, **options: [given.update(options), network][1])
+        compiled(torch.nn.Identity(), device, training=training, recorded=recorded)
+        assert given == {"dynamic": False, "mode": mode}
 
     def test_runs_compiled_and_under_autocast(self) -> None:
         result = train.measure([SMALL], batches=[2], dtype=torch.bfloat16, peers=False, effort=TWO_ROUNDS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from maxattn.bench.compare import ALONE, Candidate, NotMeasured, Span, compare, silent
-from maxattn.bench.results import Row, Time
+from maxattn.bench.results import Mode, Row, Time
 from maxattn.bench.timing import Call, Effort, fastest_convolutions, interleaved, peak_mib, wall_clock
 
 TWO_ROUNDS = Effort(least=2, most=2, sample=0)
@@ -250,3 +250,22 @@ class TestCompare:
         self.rows(*(Candidate(name=name, make=lambda: lambda: None) for name in "ab"), span=span)
         assert shown == sorted(shown)
         assert 0.5 == shown[0] < shown[-1] <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("mode", "before", "after", "mib"),
+    [
+        pytest.param("compiled", 0, 7, 7, id="the first graph of a compiler"),
+        pytest.param("compiled", 7, 7, None, id="one in the same memory"),
+        pytest.param("compiled", 7, 9, 2, id="one that needs more of it"),
+        pytest.param("eager", 7, 7, 0, id="no graph, beside one"),
+    ],
+)
+def test_memory_of_a_graph_is_told_unless_others_had_made_it(
+    mode: Mode, before: int, after: int, mib: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = iter((before, after))
+    monkeypatch.setattr("maxattn.bench.compare.graphs_mib", lambda device: next(seen))
+    one = Candidate(name="one", mode=mode, make=lambda: lambda: None)
+    (row,) = compare({}, [one], "cpu", TWO_ROUNDS, partial(wall_clock, device="cpu", effort=TWO_ROUNDS), Span(silent))
+    assert row.mib == mib
