@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 
+from maxattn.bench.dispatch import ADDED
+from maxattn.bench.results import Result, Row
+from maxattn.bench.tables import slopes
+
 REPOSITORY = Path(__file__).parents[1]
-H200 = json.loads((REPOSITORY / "docs" / "benchmarks" / "results" / "nvidia-h200-op.json").read_text("utf-8"))
+RESULTS = REPOSITORY / "docs" / "benchmarks" / "results"
+H200 = json.loads((RESULTS / "nvidia-h200-op.json").read_text("utf-8"))
 SHAPES = ((56, 7), (28, 7), (14, 7), (7, 7), (64, 8), (96, 12), (56, 14), (64, 16), (112, 28))
 """Pixels and tokens of a side."""
 
@@ -69,3 +74,49 @@ def test_the_guide_quotes_which_backend_is_fastest(bias: str, names: tuple[str, 
         told = " | ".join(", ".join(pair) for pair in others)
         rows.append(f"| {window}, {size} x {size} | **{a}**, **{b}** | {told} |")
     assert_quoted(rows, "docs/guide/backends.md")
+
+
+def rows_of(machine: str, kind: str, **case: Any) -> list[Row]:
+    rows = Result.read(RESULTS / f"{machine}-{kind}.json").rows
+    return [row for row in rows if row.time is not None and case.items() <= row.case.items()]
+
+
+def times_as_fast(rows: list[Row], mode: str, *libraries: str) -> str:
+    """How many times as fast our fastest is as the fastest of others."""
+    ours, theirs = (
+        min(row.time.median for row in rows if row.time and row.mode == mode and row.library in names)
+        for names in (("maxattn",), libraries)
+    )
+    return f"{theirs / ours:.2f}"
+
+
+def test_the_guide_quotes_how_fast_networks_are() -> None:
+    tiny, base, large = (rows_of("nvidia-h200", "model", img_size=size) for size in (224, 384, 512))
+    step = rows_of("nvidia-h200", "train")
+    mib = {row.candidate: row.mib or 0.0 for row in step}
+    least = min(mib[name] for name in mib if name.startswith("timm") and name.endswith("compiled"))
+    selective = [row for row in step if row.candidate.startswith(("timm", "maxattn, selective"))]
+    slower = times_as_fast(selective, "compiled", "timm")
+    one, eight = (rows_of("amd-epyc-2-cores", "model", batch=batch) for batch in (1, 8))
+    on_cpu = [
+        [times_as_fast(rows, mode, "timm", "torchvision") for mode in ("eager", "compiled")] for rows in (one, eight)
+    ]
+    windows = slopes(rows_of("nvidia-h200", "scaling"))
+    added = [
+        max(row.time.median for row in rows_of(host, "dispatch", measured=ADDED) if row.time and row.mode != "compiled")
+        for host in ("amd-epyc-2-cores", "intel-xeon-16-cores")
+    ]
+    quoted = [
+        f"batch 256: times as fast as timm | 2 | {times_as_fast(tiny, 'compiled', 'timm')} |",
+        f"Swin-T of timm | 1 | {times_as_fast(tiny, 'compiled', 'swin_tiny_patch4_window7_224')} |",
+        f"MaxViT-B at 384, the same, as timm | 2.5 | {times_as_fast(base, 'compiled', 'timm')}, missed |",
+        f"MaxViT-T at 512, the same | 2.5 | {times_as_fast(large, 'compiled', 'timm')} |",
+        f"batch 128: times as fast as timm | 1.6 | {times_as_fast(step, 'compiled', 'timm')}, missed |",
+        f"| 0.6 | {mib['maxattn, selective, compiled'] / least:.2f} with selective checkpointing, at {slower} times timm",
+        f"batch 1: eager, compiled | 1.5 | {', '.join(on_cpu[0])}, missed compiled |",
+        f"| batch 8 | 1.5 | {', '.join(on_cpu[1])}, missed compiled |",
+        f"H200: time, memory | 1 | {windows['windows', 'time']:.2f}, {windows['windows', 'mib']:.2f} |",
+        f"as pixels to the power of {windows['full attention', 'time']:.2f}.",
+        f"| 5 us | {', '.join(f'{1e6 * seconds:.1f} us' for seconds in added)} |",
+    ]
+    assert_quoted(quoted, "docs/guide/performance.md")
