@@ -35,6 +35,7 @@ class Candidate:
         extra_mib: of its memory, what is there before the call and belongs to it alone.
         attention: the backends that compute its attention, where they are ours.
         note: what to know about its time.
+        graphs: whether a compiler records CUDA graphs for it, which keep their memory together with those of others.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Candidate:
     extra_mib: Callable[[Call], float] = lambda call: 0.0
     attention: str = ""
     note: str = ""
+    graphs: bool = False
 
 
 class NotMeasured(Exception):  # noqa: N818 - no error
@@ -106,14 +108,17 @@ def _together(
 ) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     samplers: dict[str, Sampler] = {}
+    recorded: set[str] = set()
     preparing, timing = span.part(0, 2), span.part(1, 2)
     for number, candidate in enumerate(candidates):
         preparing.tell(number / len(candidates), f"{candidate.name}: build and check")
-        rows[candidate.name], found = _prepared(case, candidate, device, sampler)
+        row, found = _prepared(case, candidate, device, sampler)
+        rows[candidate.name] = replace(row, mib=None) if candidate.graphs and recorded else row
         if found is None:
             free(device)
         else:
             samplers[candidate.name] = found
+            recorded |= {candidate.name} if candidate.graphs else set()
     samples, expected = 0, max(1, effort.least * len(samplers))
 
     def done() -> None:
@@ -148,9 +153,7 @@ def _prepared(
         wrong = candidate.wrong(call)
         if wrong:
             return replace(row, note=f"not timed, its results are wrong: {wrong}"), None
-        peak, grown = peak_mib(call, device), graphs_mib(device) - kept
-        shared = kept > 0 and grown == 0 and candidate.mode in ("compiled", "recorded")  # those of a compiler all share
-        mib = None if shared else peak + grown + candidate.extra_mib(call)
+        mib = peak_mib(call, device) + graphs_mib(device) - kept + candidate.extra_mib(call)
         return replace(row, first_call=first_call, mib=mib, note=candidate.note), sampler(call)
     except NotMeasured as reason:
         note = str(reason)

@@ -52,8 +52,9 @@ ABOUT: dict[str, str] = {
     ),
     "scaling": (
         "The logits of growing images by the network made for inference, its windows of one size throughout; and by "
-        "the same network whose windows are the whole feature map, without position bias. Where a size is missing, a "
-        "call would have taken too long, or more than half of the free memory."
+        "the same network whose windows are the whole feature map, without position bias. On a GPU they are replayed "
+        "as a CUDA graph, whose memory counts. Where a size is missing, a call would have taken too long, or more than "
+        "half of the free memory."
     ),
     "dispatch": (
         "`max_sa` with a backend that does nothing, less a direct call of that backend. Compiled, the choice is made "

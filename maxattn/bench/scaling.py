@@ -19,7 +19,7 @@ from maxattn.bench.networks import (
     images_of,
     randomised,
 )
-from maxattn.bench.results import Keep, Result, Row, lose
+from maxattn.bench.results import Keep, Mode, Result, Row, lose
 from maxattn.bench.timing import Call, Effort, release, wall_clock
 from maxattn.build import build
 from maxattn.inference import optimize_for_inference
@@ -48,9 +48,10 @@ def measure(
 ) -> Result:
     """The network made for inference on growing images; and the same one whose windows are the whole feature map.
 
-    Full attention has no position bias, which would alone be of `pixels ** 2` numbers: its memory is linear then, and
-    its time quadratic. Larger images are left out once a call would take more than `max_seconds`, or more than half of
-    the memory that is free. The logits at the smallest size are checked against the plain networks' in fp64.
+    On a GPU each size is replayed as a CUDA graph. Full attention has no position bias, which would alone be of
+    `pixels ** 2` numbers: its memory is linear then, and its time quadratic. Larger images are left out once a call
+    would take more than `max_seconds`, or more than half of the memory that is free. The logits at the smallest size
+    are checked against the plain networks' in fp64.
 
     Raises:
         ValueError: if the sizes are not increasing.
@@ -168,8 +169,9 @@ def _candidate(
         network = windows if name == WINDOWS else _with_weights_of(windows, own)
         if check:
             networks.append(network)
-        compile = device != "cpu"  # else the time of a GPU's small images is Python's
-        fast, images = optimize_for_inference(network, compile=compile), images_of(spec, batch, dtype, device)
+        # As a CUDA graph: called one by one, the kernels of small images take the host longer than the GPU.
+        fast = optimize_for_inference(network, compile=device != "cpu")
+        images = images_of(spec, batch, dtype, device)
 
         def call() -> torch.Tensor:
             with torch.no_grad():
@@ -183,7 +185,8 @@ def _candidate(
         return Reference(networks[0], images_of(spec, batch, dtype, device)).wrong(call())  # type: ignore[arg-type]
 
     attention = "" if expected else attention_backends(attention_problems(own, batch, dtype, device))
-    return Candidate(name=name, make=make, mode="eager", wrong=wrong, attention=attention)
+    mode: Mode = "eager" if device == "cpu" else "recorded"
+    return Candidate(name=name, make=make, mode=mode, wrong=wrong, attention=attention)
 
 
 def _full_attention(spec: MaxViTSpec) -> MaxViTSpec:

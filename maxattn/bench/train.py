@@ -53,11 +53,16 @@ def measure(
     all compute the same: the loss of the first step, and the norm of its gradient, are checked against ours in the next
     finer dtype (fp32 for autocast, fp64 for fp32), to the square root of the rounding of `dtype`.
 
+    Raises:
+        ValueError: for the mode "recorded" on a CPU.
+
     Example:
         >>> result = measure(["nano"], batches=[2], modes=["eager"], effort=Effort(least=2, most=2, sample=0))
         >>> result.rows[0].candidate, result.rows[0].mib > 1
         ('maxattn, eager', True)
     """
+    if "recorded" in modes and device == "cpu":
+        raise ValueError("recorded: CUDA graphs are of a GPU; on a cpu there are eager and compiled")
     effort = effort or Effort()
     wanted = [(spec, batch) for spec in specs_of(specs, img_size) for batch in batches]
     settings: dict[str, str | int | float] = {} if device == "cpu" else {"cudnn_benchmark": "on"}
@@ -166,6 +171,7 @@ def _candidate(
         make=make,
         wrong=wrong,
         extra_mib=state_mib,
+        graphs=mode == "recorded",
         attention=attention if variant.library == "maxattn" else "",
     )
 

@@ -44,15 +44,16 @@ class CUDAGraphs:
         return x.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
     def record(self, forward: Replay, x: Tensor, memory: Memory | None) -> tuple[Replay, Memory]:
-        """Nothing but recordings runs in their stream, so the workspace that cuBLAS gets for it is of their memory.
+        """Workspaces that cuBLAS keeps for streams are given up before, so that it gets one in the recording's memory.
 
-        Any other workspace is freed whenever a compiler records a CUDA graph, and a replay would still write to it.
+        Any other is freed whenever a compiler records a CUDA graph, and a replay would still write to it.
         """
         if memory is None:
             memory = Memory(torch.cuda.graph_pool_handle(), torch.cuda.Stream(x.device))
         images, graph = torch.empty_like(x).copy_(x), torch.cuda.CUDAGraph()
         for _ in range(WARM_UP):
             forward(images)
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.device(x.device), torch.cuda.graph(graph, *memory, capture_error_mode="thread_local"):
             out = forward(images)
 

@@ -250,34 +250,46 @@ class Backend(ABC):
 
 
 Speeds = tuple[tuple[float, float], ...]
-"""Of windows of up to so many tokens: `(tokens, speed)` in ascending order, the last with an infinity or the most there
-are."""
+"""Of windows of up to so many tokens: `(tokens, speed)`, by ascending tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredSpeed:
     """How many times faster than `sdpa` a backend was measured to be, for its `relative_speed`.
 
+    Raises:
+        ValueError: for a table whose tokens do not ascend.
+
     Example:
-        >>> speed = MeasuredSpeed(inference=((64, 2.0), (float("inf"), 0.8)), training=((float("inf"), 1.5),))
+        >>> inference, training = ((64, 2.0), (float("inf"), 0.8)), ((float("inf"), 1.5),)
+        >>> speed = MeasuredSpeed(
+        ...     inference=inference,
+        ...     training=training,
+        ...     inference_without_bias=inference,
+        ...     training_without_bias=training,
+        ... )
         >>> speed.of(Problem(axis="block", window=(7, 7), batch=1, height=14, width=14, heads=2, head_dim=32))
         2.0
     """
 
     inference: Speeds
     training: Speeds
-    inference_without_bias: Speeds | None = None
-    """As with one, if None."""
-    training_without_bias: Speeds | None = None
+    inference_without_bias: Speeds
+    training_without_bias: Speeds
+
+    def __post_init__(self) -> None:
+        for name, speeds in vars(self).items():
+            tokens = [most for most, _ in speeds]
+            if not tokens or tokens != sorted(set(tokens)):
+                raise ValueError(f"{name} of MeasuredSpeed must be of ascending numbers of tokens, not {tokens}")
 
     def of(self, problem: Problem) -> float:
-        """The speed for windows of as many tokens, in the pass that may follow."""
+        """The speed for windows of as many tokens; of more than the table has, that of the most."""
         if problem.differentiated:
-            with_bias, without = self.training, self.training_without_bias
+            speeds = self.training_without_bias if problem.bias is None else self.training
         else:
-            with_bias, without = self.inference, self.inference_without_bias
-        speeds = without if problem.bias is None and without is not None else with_bias
-        return next(speed for tokens, speed in speeds if problem.tokens <= tokens)
+            speeds = self.inference_without_bias if problem.bias is None else self.inference
+        return next((speed for tokens, speed in speeds if problem.tokens <= tokens), speeds[-1][1])
 
 
 def _dot(capability: tuple[int, int]) -> str:

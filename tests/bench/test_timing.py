@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from maxattn.bench.compare import ALONE, Candidate, NotMeasured, Span, compare, silent
-from maxattn.bench.results import Mode, Row, Time
+from maxattn.bench.results import Row, Time
 from maxattn.bench.timing import Call, Effort, fastest_convolutions, interleaved, peak_mib, wall_clock
 
 TWO_ROUNDS = Effort(least=2, most=2, sample=0)
@@ -252,20 +252,13 @@ class TestCompare:
         assert 0.5 == shown[0] < shown[-1] <= 1.0
 
 
-@pytest.mark.parametrize(
-    ("mode", "before", "after", "mib"),
-    [
-        pytest.param("compiled", 0, 7, 7, id="the first graph of a compiler"),
-        pytest.param("compiled", 7, 7, None, id="one in the same memory"),
-        pytest.param("compiled", 7, 9, 2, id="one that needs more of it"),
-        pytest.param("eager", 7, 7, 0, id="no graph, beside one"),
-    ],
-)
-def test_memory_of_a_graph_is_told_unless_others_had_made_it(
-    mode: Mode, before: int, after: int, mib: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = iter((before, after))
-    monkeypatch.setattr("maxattn.bench.compare.graphs_mib", lambda device: next(seen))
-    one = Candidate(name="one", mode=mode, make=lambda: lambda: None)
-    (row,) = compare({}, [one], "cpu", TWO_ROUNDS, partial(wall_clock, device="cpu", effort=TWO_ROUNDS), Span(silent))
-    assert row.mib == mib
+def test_of_graphs_that_a_compiler_records_only_the_first_ones_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = iter((0, 7, 7, 9, 9, 9))
+    monkeypatch.setattr("maxattn.bench.compare.graphs_mib", lambda device: next(kept))
+    candidates = [
+        Candidate(name=name, make=lambda: lambda: None, graphs=graphs)
+        for name, graphs in (("recorded", True), ("recorded later", True), ("not recorded", False))
+    ]
+    sampler = partial(wall_clock, device="cpu", effort=TWO_ROUNDS)
+    rows = compare({}, candidates, "cpu", TWO_ROUNDS, sampler, Span(silent))
+    assert [row.mib for row in rows] == [7, None, 0]

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +82,32 @@ def test_another_process_uses_it(file: Path) -> None:
         check=True,
     )
     assert told.stdout.split() == [str(part) for part in TWO[1]]
+
+
+@pytest.mark.parametrize("hip", [None, "7.0"])
+def test_the_drivers_version_is_asked_of_the_driver(hip: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(number: Any) -> int:
+        number._obj.value = 13000
+        return 0
+
+    drivers: dict[str, object] = {
+        "libcuda.so.1": SimpleNamespace(cuDriverGetVersion=version),
+        "libamdhip64.so": SimpleNamespace(hipDriverGetVersion=version),
+    }
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(tuned.ctypes, "CDLL", drivers.__getitem__)
+    assert tuned.driver_version() == "13000"
+
+
+@pytest.mark.parametrize("driver", [OSError("no such file"), SimpleNamespace()], ids=["no driver", "no such function"])
+def test_without_a_driver_its_version_is_unknown(driver: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> object:
+        if isinstance(driver, OSError):
+            raise driver
+        return driver
+
+    monkeypatch.setattr(tuned.ctypes, "CDLL", load)
+    assert tuned.driver_version() == "unknown"
 
 
 def test_a_launch_of_another_stamp_is_not_used(file: Path) -> None:

@@ -175,7 +175,9 @@ def test_in_a_compilers_graph_as_operators_that_take_weights_as_they_are() -> No
 
     torch._dynamo.reset()
     with torch.no_grad():
-        assert_within_budget(model, torch.compile(optimized, backend=look, fullgraph=True)(x), x)
+        out = torch.compile(optimized, backend=look, fullgraph=True)(x)
+        assert_within_budget(model, out, x)
+        assert out.equal(optimized(x)) or DEVICE == "cuda"  # where a library may choose another kernel
     assert {"pointwise.default", "narrow.default", "mlp.default"} <= taken_by
     assert taken_by - {"pointwise.default", "narrow.default", "mlp.default"} <= {"flatten", "t", "linear", "layer_norm"}
 

@@ -17,10 +17,8 @@ MULTIPLE = 8
 """Head dims that the kernels take are multiples of this."""
 
 MULTIPLE_IN_4 = 32
-"""For some other head dims 4's backward pass was written to give a wrong gradient of q, or did not compile.
-
-See https://github.com/Dao-AILab/flash-attention/pull/2896: kernels that disagree about how far a head dim is padded.
-"""
+"""As it was run on an H200, forward. For some other head dims on 9.x the backward pass of 4.0.0b36 was reported to give
+a wrong gradient of q (https://github.com/Dao-AILab/flash-attention/pull/2896), and does not compile for 104 and 112."""
 
 LARGEST_HEAD_DIM = 256
 LARGEST_UNRESTRICTED = 192
@@ -66,7 +64,7 @@ class Generation:
         found = []
         if problem.differentiated and problem.compute_capability and problem.compute_capability[0] in self.forward_only:
             told = f"{self.name} was seen not to return from its backward pass on this kind of GPU"
-            found.append(Reason("backward", told, HAS_IT))
+            found.append(Reason("backward", told, "no gradient, or flash-attn 2 or 3"))
         if problem.dropout_p > 0 and not self.dropout:
             found.append(Reason("dropout", f"{self.name} has no dropout", HAS_IT))
         elif problem.dropout_p > 0 and problem.differentiated and self._lacks_memory(problem, dim):
@@ -110,7 +108,7 @@ FOUR = Generation(
 )
 
 PREFERRED = {8: (TWO,), 9: (THREE, TWO, FOUR), 10: (FOUR, TWO), 11: (FOUR, TWO), 12: (TWO, FOUR)}
-"""By the major compute capability: the generations that have all passes there, the fastest first."""
+"""By the major compute capability: the generations for it, the fastest first."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -15,10 +15,13 @@ def values_alone(*tensors: Tensor) -> bool:
         (True, False)
     """
     reverse = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not (reverse or _transformed())
+    return not (reverse or transformed())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _transformed() -> bool:
-    """A compiler guards on the transforms that it traces within."""
+def transformed() -> bool:
+    """Whether a derivative in forward mode, or a transform of `torch.func`, is under way.
+
+    A compiler guards on the transforms that it traces within.
+    """
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None

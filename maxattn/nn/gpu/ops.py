@@ -1,0 +1,134 @@
+"""The operators `maxattn_nn::batch_norm_act` and `::batch_norm_act_backward`: allocation, launches, and the gradient.
+
+They are `triton_op`s, so a compiler sees the kernels and launches them itself. In Triton's interpreter, where there is
+nothing to launch, the same functions are opaque operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import custom_op, triton_op, wrap_triton
+from triton.runtime.jit import JITFunction
+
+from maxattn.nn.gpu import kernels
+from maxattn.ops.devices import on_device_of
+
+COMPILED = isinstance(kernels.moments, JITFunction)
+_operator: Callable[..., Any] = triton_op if COMPILED else custom_op
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+ROWS, CHANNELS = 32, 64
+"""Of a tile."""
+PROGRAMS = 1056
+"""About how many of them sum over rows: 8 on each multiprocessor of an H200."""
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What `batch_norm_act` computes, in plain PyTorch and differentiable as often as one likes.
+
+    Example:
+        >>> y, mean, var = reference(torch.tensor([[1.0], [3.0]]), torch.ones(1), torch.zeros(1), 0.0, "relu")
+        >>> y.flatten().tolist(), mean.item(), var.item()
+        ([0.0, 1.0], 2.0, 1.0)
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(wide, tuple(range(x.ndim - 1)), correction=0)
+    y = ACTIVATIONS[act]((wide - mean) * torch.rsqrt(var + eps) * weight + bias)
+    return y.to(x.dtype), mean, var
+
+
+@_operator("maxattn_nn::batch_norm_act", mutates_args=())  # type: ignore[untyped-decorator]
+def batch_norm_act(x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`act(batch_norm(x))` of contiguous `x (..., C)`, by the mean and the variance `(C)` of its rows, which follow."""
+    C, M = x.shape[-1], x.numel() // x.shape[-1]
+    rows, parts = _parts(M, C)
+    means, squares = (x.new_empty(parts, C, dtype=torch.float32) for _ in range(2))
+    out = torch.empty_like(x)
+    with on_device_of(x):
+        _launch(kernels.moments, parts, C)(x, means, squares, M, C, rows, BLOCK_M=ROWS, BLOCK_C=CHANNELS)
+        counts = (M - rows * torch.arange(parts, device=x.device)).clamp(max=rows).to(torch.float32)[:, None]
+        mean = (means * (counts / M)).sum(0)
+        var = (squares + counts * (means - mean) ** 2).sum(0) / M
+        _launch(kernels.normalise, _tiles(M, ROWS), C)(
+            x, mean, torch.rsqrt(var + eps), weight, bias, out, M, C, ACT=act, BLOCK_M=ROWS, BLOCK_C=CHANNELS
+        )
+    return out, mean, var
+
+
+@_operator("maxattn_nn::batch_norm_act_backward", mutates_args=())  # type: ignore[untyped-decorator]
+def batch_norm_act_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, act: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, and in fp32 of weight and bias, from that of the output."""
+    dy, C, M = dy.contiguous(), x.shape[-1], x.numel() // x.shape[-1]
+    rows, parts = _parts(M, C)
+    of_gradient, of_product = (x.new_empty(parts, C, dtype=torch.float32) for _ in range(2))
+    dx = torch.empty_like(x)
+    given = (x, dy, mean, rstd, weight, bias)
+    with on_device_of(x):
+        _launch(kernels.sums, parts, C)(
+            *given, of_gradient, of_product, M, C, rows, ACT=act, BLOCK_M=ROWS, BLOCK_C=CHANNELS
+        )
+        dbias, dweight = of_gradient.sum(0), of_product.sum(0)
+        _launch(kernels.gradient, _tiles(M, ROWS), C)(
+            *given, dbias, dweight, dx, M, C, ACT=act, BLOCK_M=ROWS, BLOCK_C=CHANNELS
+        )
+    return dx, dweight, dbias
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    (x, weight, bias, ctx.eps, ctx.act), (_, mean, var) = inputs, output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(x, weight, bias, mean, torch.rsqrt(var + ctx.eps))
+
+
+def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():  # who asks for the gradient of the gradient
+        y = reference(x, weight, bias, ctx.eps, ctx.act)[0]
+        wanted = [each for each, asked in zip((x, weight, bias), needed, strict=True) if asked]
+        of_wanted = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+        return (*(next(of_wanted) if asked else None for asked in needed), None, None)
+    dx, dweight, dbias = batch_norm_act_backward(dy, x, weight, bias, mean, rstd, ctx.act)
+    of_each = (dx, dweight.to(weight.dtype), dbias.to(bias.dtype))
+    return (*(one if asked else None for one, asked in zip(of_each, needed, strict=True)), None, None)
+
+
+batch_norm_act.register_autograd(_backward, setup_context=_keep)
+
+if not COMPILED:
+
+    @batch_norm_act.register_fake  # type: ignore[untyped-decorator]
+    def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str) -> tuple[Tensor, ...]:
+        return torch.empty_like(x), *(x.new_empty(x.shape[-1], dtype=torch.float32) for _ in range(2))
+
+    @batch_norm_act_backward.register_fake  # type: ignore[untyped-decorator]
+    def _(dy: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return torch.empty_like(x), *(x.new_empty(x.shape[-1], dtype=torch.float32) for _ in range(2))
+
+
+def _parts(M: int, C: int) -> tuple[int, int]:
+    """Rows of a part, a multiple of a tile's, and how many parts there are."""
+    wanted = max(1, PROGRAMS // _tiles(C, CHANNELS))
+    rows = ROWS * _tiles(_tiles(M, wanted), ROWS)
+    return rows, _tiles(M, rows)
+
+
+def _tiles(size: int, block: int) -> int:
+    return (size + block - 1) // block
+
+
+def _launch(function: Any, rows: int, channels: int) -> Any:
+    return (wrap_triton(function) if COMPILED else function)[(rows, _tiles(channels, CHANNELS))]
