@@ -34,7 +34,7 @@ def conv_norm(name: str, width: int, eps: float = 1e-3, momentum: float = 0.1) -
 
 
 def normed(norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
-    """`act(norm(x))` of `(B, C, H, W)`; in training on a GPU by kernels of our own, where they serve."""
+    """`act(norm(x))` of `(B, C, H, W)`; in compiled training on a GPU by kernels of our own, where they serve."""
     if gpu.serves(norm, act, x):
         return gpu.batch_norm_act(norm, act, x)  # type: ignore[arg-type]
     out: Tensor = act(norm(x))

@@ -1,4 +1,4 @@
-"""Kernels of our own for training on a GPU, where a compiler's are far from the memory's speed; in Triton.
+"""Kernels of our own for compiled training on a GPU, where a compiler's are far from the memory's speed; in Triton.
 
 Triton is imported at the first call: `serves` says whether to call at all.
 """
@@ -31,11 +31,13 @@ def name_of(act: nn.Module) -> str | None:
 def serves(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
     """Whether `batch_norm_act` computes `act(norm(x))` of a channels-last `x (B, C, H, W)`.
 
-    It does for a batch norm in training, of which nothing else is asked: no hooks, no transforms of `torch.func`, no
-    forward-mode derivatives, no export, and more than one pixel, without which there is no variance.
+    It does while `torch.compile` traces a batch norm in training, of which nothing else is asked: no hooks, no
+    transforms of `torch.func`, no forward-mode derivatives, no export, and more than one pixel, without which there is
+    no variance. Called one by one the operators would take the host longer than PyTorch's, whose own kernels are fast.
     """
     return (
-        type(norm) is nn.BatchNorm2d
+        torch.compiler.is_compiling()
+        and type(norm) is nn.BatchNorm2d
         and norm.training
         and norm.affine
         and norm.track_running_stats
