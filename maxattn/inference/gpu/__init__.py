@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maxattn.inference.gpu import launches
-from maxattn.ops.devices import runs_triton
-from maxattn.ops.values import values_alone
+from maxattn.ops.tracing import runs_triton, values_alone
 
 DEVICES = frozenset({"cuda"})
 DTYPES = frozenset({torch.float16, torch.bfloat16})

@@ -1,4 +1,4 @@
-"""Kernels of our own for compiled training on a GPU, where a compiler's are far from the memory's speed; in Triton.
+"""Kernels of our own for compiled training on a GPU; in Triton.
 
 Triton is imported at the first call: `serves` says whether to call at all.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-
-from maxattn.ops.devices import runs_triton
-from maxattn.ops.values import transformed
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 DEVICES = frozenset({"cuda"})
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -22,7 +20,7 @@ def name_of(act: nn.Module) -> str | None:
         >>> name_of(nn.GELU(approximate="tanh")), name_of(nn.Tanh())
         ('gelu_tanh', None)
     """
-    if isinstance(act, nn.GELU):
+    if type(act) is nn.GELU:
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
     names = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid"}
     return names.get(type(act))
@@ -33,11 +31,14 @@ def serves(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
 
     It does while `torch.compile` traces a batch norm in training, of which nothing else is asked: no hooks, no
     transforms of `torch.func`, no forward-mode derivatives, no export, and more than one pixel, without which there is
-    no variance. Called one by one the operators would take the host longer than PyTorch's, whose own kernels are fast.
+    no variance. Eager code has PyTorch's own kernels, of which each takes the host one call.
     """
+    if not torch.compiler.is_compiling():
+        return False
+    from maxattn.ops.tracing import runs_triton, transformed
+
     return (
-        torch.compiler.is_compiling()
-        and type(norm) is nn.BatchNorm2d
+        type(norm) is nn.BatchNorm2d
         and norm.training
         and norm.affine
         and norm.track_running_stats
@@ -47,7 +48,7 @@ def serves(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
         and x.dtype in DTYPES
         and x.numel() > x.shape[1]
         and x.permute(0, 2, 3, 1).is_contiguous()
-        and not any(_hooked(part) for part in (norm, act))
+        and not any(_changed(part) for part in (norm, act))
         and not transformed()
         and not torch.compiler.is_exporting()
         and runs_triton(x.device)
@@ -55,10 +56,7 @@ def serves(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
 
 
 def batch_norm_act(norm: nn.BatchNorm2d, act: nn.Module, x: Tensor) -> Tensor:
-    """`act(norm(x))` in training: three passes forward, over x twice, and two backward, over x and the gradient each.
-
-    Only x is kept. The running statistics of `norm` are brought forward as its own `forward` does.
-    """
+    """`act(norm(x))` in training. The running statistics of `norm` are brought forward as its own `forward` does."""
     from maxattn.nn.gpu import ops
 
     y, mean, var = ops.batch_norm_act(x.permute(0, 2, 3, 1), norm.weight, norm.bias, norm.eps, name_of(act))
@@ -75,7 +73,7 @@ def batch_norm_act(norm: nn.BatchNorm2d, act: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _changed(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class says."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module) or bool(has_any_global_hook())

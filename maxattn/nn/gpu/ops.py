@@ -1,7 +1,8 @@
-"""The operators `maxattn_nn::batch_norm_act` and `::batch_norm_act_backward`: allocation, launches, and the gradient.
+"""The operators `maxattn_nn::batch_norm_act` and `::batch_norm_act_backward`: sums by our kernels, and what follows.
 
-They are `triton_op`s, so a compiler sees the kernels and launches them itself. In Triton's interpreter, where there is
-nothing to launch, the same functions are opaque operators.
+They are `triton_op`s, so a compiler sees what they are made of: it launches the kernels itself, fuses the rest with
+what stands around it, and computes that again in the backward pass rather than keep it. In Triton's interpreter, where
+there is nothing to launch, the same functions are opaque operators.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 from triton.runtime.jit import JITFunction
@@ -20,6 +22,21 @@ from maxattn.ops.devices import on_device_of
 COMPILED = isinstance(kernels.moments, JITFunction)
 _operator: Callable[..., Any] = triton_op if COMPILED else custom_op
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+}
+SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": lambda dy, z: dy,
+    "relu": lambda dy, z: torch.ops.aten.threshold_backward(dy, z, 0),
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": lambda dy, z: torch.ops.aten.gelu_backward(dy, z, approximate="tanh"),
+}
+"""The gradient before each activation, of that after it and of what went in."""
 ROWS, CHANNELS = 32, 64
 """Of a tile."""
 PROGRAMS = 1056
@@ -28,47 +45,46 @@ PROGRAMS = 1056
 
 @_operator("maxattn_nn::batch_norm_act", mutates_args=())  # type: ignore[untyped-decorator]
 def batch_norm_act(x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str) -> tuple[Tensor, Tensor, Tensor]:
-    """`act(batch_norm(x))` of contiguous `x (..., C)`, by the mean and the variance `(C)` of its rows, which follow."""
+    """`act(batch_norm(x))` of contiguous `x (..., C)`, like x; and the mean and variance of its rows, `(C)` in fp32.
+
+    These two have no gradient: they are for running statistics.
+    """
     C, M = x.shape[-1], x.numel() // x.shape[-1]
     rows, parts = _parts(M, C)
     means, squares = (x.new_empty(parts, C, dtype=torch.float32) for _ in range(2))
-    out = torch.empty_like(x)
     with on_device_of(x):
         _launch(kernels.moments, parts, C)(x, means, squares, M, C, rows, BLOCK_M=ROWS, BLOCK_C=CHANNELS)
-        counts = (M - rows * torch.arange(parts, device=x.device)).clamp(max=rows).to(torch.float32)[:, None]
-        mean = (means * (counts / M)).sum(0)
-        var = (squares + counts * (means - mean) ** 2).sum(0) / M
-        _launch(kernels.normalise, _tiles(M, ROWS), C)(
-            x, mean, torch.rsqrt(var + eps), weight, bias, out, M, C, ACT=act, BLOCK_M=ROWS, BLOCK_C=CHANNELS
-        )
-    return out, mean, var
+    counts = (M - rows * torch.arange(parts, device=x.device)).clamp(max=rows).to(torch.float32)[:, None]
+    mean = (means * (counts / M)).sum(0)
+    var = (squares + counts * (means - mean) ** 2).sum(0) / M
+    z = (x.float() - mean[None]) * torch.rsqrt(var + eps)[None] * weight + bias
+    return ACTIVATIONS[act](z).to(x.dtype), mean, var
 
 
 @_operator("maxattn_nn::batch_norm_act_backward", mutates_args=())  # type: ignore[untyped-decorator]
 def batch_norm_act_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, and in fp32 of weight and bias, from that of the output."""
+    """The gradient of x, like x, and those of weight and bias, `(C)` in fp32, from `dy (..., C)` of the output."""
     dy, C, M = dy.contiguous(), x.shape[-1], x.numel() // x.shape[-1]
     rows, parts = _parts(M, C)
     of_gradient, of_product = (x.new_empty(parts, C, dtype=torch.float32) for _ in range(2))
-    dx = torch.empty_like(x)
-    given = (x, dy, mean, rstd, weight, bias)
     with on_device_of(x):
         _launch(kernels.sums, parts, C)(
-            *given, of_gradient, of_product, M, C, rows, ACT=act, BLOCK_M=ROWS, BLOCK_C=CHANNELS
-        )
-        dbias, dweight = of_gradient.sum(0), of_product.sum(0)
-        _launch(kernels.gradient, _tiles(M, ROWS), C)(
-            *given, dbias, dweight, dx, M, C, ACT=act, BLOCK_M=ROWS, BLOCK_C=CHANNELS
-        )
-    return dx, dweight, dbias
+            x, dy, mean, rstd, weight, bias, of_gradient, of_product, M, C, rows,
+            ACT=act, BLOCK_M=ROWS, BLOCK_C=CHANNELS,
+        )  # fmt: skip
+    dbias, dweight = of_gradient.sum(0), of_product.sum(0)
+    normal = (x.float() - mean) * rstd
+    g = SLOPES[act](dy.float(), normal * weight + bias)
+    dx = weight * rstd * (g - (dbias + normal * dweight) / M)
+    return dx.to(x.dtype), dweight, dbias
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (x, weight, bias, ctx.eps, ctx.act), (_, mean, var) = inputs, output
+    (x, weight, bias, eps, ctx.act), (_, mean, var) = inputs, output
     ctx.mark_non_differentiable(mean, var)
-    ctx.save_for_backward(x, weight, bias, mean, torch.rsqrt(var + ctx.eps))
+    ctx.save_for_backward(x, weight, bias, mean, torch.rsqrt(var + eps))
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:

@@ -1,11 +1,29 @@
-"""What the kernels share: norms, the matrix product, and tiles."""
+"""What the kernels share: activations, norms, and the matrix product."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from maxattn.nn.gpu.kernels import INTERPRETED
+from maxattn.nn.gpu.kernels import INTERPRETED, sigmoid
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr):
+    """The activation of that name, of fp32. GELU with tanh is `x sigmoid(2 u)`: one exponential, no tanh."""
+    if ACT == "gelu_tanh":
+        x = x * sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))  # 2 sqrt(2 / pi)
+    elif ACT == "gelu":
+        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif ACT == "silu":
+        x = x * sigmoid(x)
+    elif ACT == "relu":
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "sigmoid":
+        x = sigmoid(x)
+    else:
+        tl.static_assert(ACT == "none", "unknown activation")
+    return x
 
 
 @triton.jit
@@ -30,6 +48,16 @@ def dot(a, b, acc):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """fp32 in `dtype`. A GPU rounds to the nearest; the interpreter would cut bits of bfloat16 off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = ((bits >> 16) << 16).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit

@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maxattn.inference.gpu.kernels.common import dot, tile_of
-from maxattn.nn.gpu.kernels import activate, rounded
+from maxattn.inference.gpu.kernels.common import activate, dot, rounded, tile_of
 
 
 @triton.jit

@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maxattn.inference.gpu.kernels.common import dot, normed
-from maxattn.nn.gpu.kernels import activate, rounded
+from maxattn.inference.gpu.kernels.common import activate, dot, normed, rounded
 
 
 @triton.jit

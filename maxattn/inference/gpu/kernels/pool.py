@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maxattn.nn.gpu.kernels import rounded
+from maxattn.inference.gpu.kernels.common import rounded
 
 
 @triton.jit

@@ -1,6 +1,12 @@
-"""Whether a call wants values and nothing else: kernels without derivatives must not serve others."""
+"""What decides whether kernels of our own serve, asked also while a compiler traces: to it the answers are constants.
+
+Importing this imports PyTorch's compiler, which takes long: only what is about to use it does.
+"""
 
 from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -25,3 +31,16 @@ def transformed() -> bool:
     A compiler guards on the transforms that it traces within.
     """
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton is here, and the device no GPU but one that our kernels are made for; a CPU interprets them."""
+    return _able(device)
+
+
+@cache
+def _able(device: torch.device) -> bool:
+    if find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
