@@ -35,7 +35,7 @@ class Candidate:
         extra_mib: of its memory, what is there before the call and belongs to it alone.
         attention: the backends that compute its attention, where they are ours.
         note: what to know about its time.
-        graphs: whether a compiler records CUDA graphs for it, which keep their memory together with those of others.
+        shares_graphs: whether a compiler records CUDA graphs for it: these share their memory with those of others.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Candidate:
     extra_mib: Callable[[Call], float] = lambda call: 0.0
     attention: str = ""
     note: str = ""
-    graphs: bool = False
+    shares_graphs: bool = False
 
 
 class NotMeasured(Exception):  # noqa: N818 - no error
@@ -108,17 +108,17 @@ def _together(
 ) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     samplers: dict[str, Sampler] = {}
-    recorded: set[str] = set()
+    recorded = False
     preparing, timing = span.part(0, 2), span.part(1, 2)
     for number, candidate in enumerate(candidates):
         preparing.tell(number / len(candidates), f"{candidate.name}: build and check")
         row, found = _prepared(case, candidate, device, sampler)
-        rows[candidate.name] = replace(row, mib=None) if candidate.graphs and recorded else row
+        rows[candidate.name] = replace(row, mib=None) if candidate.shares_graphs and recorded else row
+        recorded |= candidate.shares_graphs
         if found is None:
             free(device)
         else:
             samplers[candidate.name] = found
-            recorded |= {candidate.name} if candidate.graphs else set()
     samples, expected = 0, max(1, effort.least * len(samplers))
 
     def done() -> None:

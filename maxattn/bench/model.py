@@ -161,7 +161,7 @@ def _candidates(
             make=partial(make, mode),
             wrong=wrong,
             attention=attention(make, mode),
-            graphs=mode == "compiled" and images.is_cuda and not (make is optimized and gpu.made_for(images)),
+            shares_graphs=mode == "compiled" and images.is_cuda and not (make is optimized and gpu.made_for(images)),
         )
         for name, make in made.items()
         for mode in modes
@@ -185,7 +185,7 @@ def _other(name: str, spec: MaxViTSpec, images: Tensor, modes: Sequence[Mode]) -
             mode=mode,
             make=partial(make, layout, mode),
             note=UNCHECKED,
-            graphs=mode == "compiled" and images.is_cuda,
+            shares_graphs=mode == "compiled" and images.is_cuda,
         )
         for layout in LAYOUTS
         for mode in modes

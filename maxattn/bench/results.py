@@ -46,7 +46,7 @@ class Row:
     Attributes:
         case: what was computed, in an order that suits people; rows of the same case can be compared.
         candidate: who computed it; `library` is whose code that is.
-        mode: "compiled" by `torch.compile`; "recorded" as CUDA graphs, where compiled code is otherwise none.
+        mode: "compiled" by `torch.compile`; "recorded", in training and `scaling`, as CUDA graphs.
         first_call: seconds of the very first call, which compiles.
         mib: the most memory that tensors took at once during a warm call, beyond what was there before, and what a
             CUDA graph of the call keeps; None for a compiler's graphs but the first, which share their memory.

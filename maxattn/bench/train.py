@@ -171,7 +171,7 @@ def _candidate(
         make=make,
         wrong=wrong,
         extra_mib=state_mib,
-        graphs=mode == "recorded",
+        shares_graphs=mode == "recorded",
         attention=attention if variant.library == "maxattn" else "",
     )
 

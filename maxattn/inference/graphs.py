@@ -44,9 +44,9 @@ class CUDAGraphs:
         return x.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
     def record(self, forward: Replay, x: Tensor, memory: Memory | None) -> tuple[Replay, Memory]:
-        """Workspaces that cuBLAS keeps for streams are given up before, so that it gets one in the recording's memory.
+        """cuBLAS's workspaces are given up before, so that it gets one in the recording's memory, and after.
 
-        Any other is freed whenever a compiler records a CUDA graph, and a replay would still write to it.
+        A compiler that records does the same: a workspace from before would be freed, and a replay still write to it.
         """
         if memory is None:
             memory = Memory(torch.cuda.graph_pool_handle(), torch.cuda.Stream(x.device))
@@ -54,8 +54,11 @@ class CUDAGraphs:
         for _ in range(WARM_UP):
             forward(images)
         torch._C._cuda_clearCublasWorkspaces()
-        with torch.cuda.device(x.device), torch.cuda.graph(graph, *memory, capture_error_mode="thread_local"):
-            out = forward(images)
+        try:
+            with torch.cuda.device(x.device), torch.cuda.graph(graph, *memory, capture_error_mode="thread_local"):
+                out = forward(images)
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
 
         def replay(x: Tensor) -> Tensor:
             images.copy_(x)

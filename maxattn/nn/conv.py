@@ -7,11 +7,10 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maxattn.nn.basic import ACTIVATIONS, conv_norm, normed, update
+from maxattn.nn.basic import ACTIVATIONS, conv_norm, update
 from maxattn.nn.checkpointing import Selective
 
 Padding = Literal["same", "symmetric"]
-IDENTITY = nn.Identity()
 
 
 class Conv2d(nn.Conv2d):
@@ -142,13 +141,13 @@ class MBConv(Selective):
         return self.shortcut(x).permute(0, 2, 3, 1) + self.update(y.permute(0, 2, 3, 1))
 
     def _expanded(self, x: Tensor) -> Tensor:
-        return self.conv1(normed(self.pre_norm, IDENTITY, x))
+        return self.conv1(self.pre_norm(x))
 
     def _filtered(self, y: Tensor) -> Tensor:
-        return self.conv2(normed(self.norm1, self.act, y))
+        return self.conv2(self.act(self.norm1(y)))
 
     def _projected(self, y: Tensor) -> Tensor:
-        y = normed(self.norm2, self.act, y)
+        y = self.act(self.norm2(y))
         return self.conv3(y if self.se is None else self.se(y))
 
 

@@ -258,7 +258,7 @@ class MeasuredSpeed:
     """How many times faster than `sdpa` a backend was measured to be, for its `relative_speed`.
 
     Raises:
-        ValueError: for a table whose tokens do not ascend.
+        ValueError: for an empty table, or one whose tokens do not ascend.
 
     Example:
         >>> inference, training = ((64, 2.0), (float("inf"), 0.8)), ((float("inf"), 1.5),)
@@ -281,7 +281,8 @@ class MeasuredSpeed:
         for name, speeds in vars(self).items():
             tokens = [most for most, _ in speeds]
             if not tokens or tokens != sorted(set(tokens)):
-                raise ValueError(f"{name} of MeasuredSpeed must be of ascending numbers of tokens, not {tokens}")
+                told = f"of ascending numbers of tokens, as ((64, 2.0), (inf, 0.8)) is, not of {tokens}"
+                raise ValueError(f"{name} of MeasuredSpeed must be {told}")
 
     def of(self, problem: Problem) -> float:
         """The speed for windows of as many tokens; of more than the table has, that of the most."""

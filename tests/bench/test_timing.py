@@ -256,7 +256,7 @@ def test_of_graphs_that_a_compiler_records_only_the_first_ones_memory_is_told(mo
     kept = iter((0, 7, 7, 9, 9, 9))
     monkeypatch.setattr("maxattn.bench.compare.graphs_mib", lambda device: next(kept))
     candidates = [
-        Candidate(name=name, make=lambda: lambda: None, graphs=graphs)
+        Candidate(name=name, make=lambda: lambda: None, shares_graphs=graphs)
         for name, graphs in (("recorded", True), ("recorded later", True), ("not recorded", False))
     ]
     sampler = partial(wall_clock, device="cpu", effort=TWO_ROUNDS)

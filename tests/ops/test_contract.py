@@ -11,6 +11,7 @@ from torch import Tensor
 
 import maxattn
 from maxattn import Backend, Capabilities, Problem, Reason
+from maxattn.ops.contract import MeasuredSpeed
 from maxattn.ops.registry import registered
 
 PROBLEM = Problem(axis="block", window=(4, 3), batch=2, height=8, width=9, heads=2, head_dim=24)
@@ -197,3 +198,24 @@ def test_a_problem_prints_its_facts() -> None:
 def test_facts_that_exclude_everything_are_refused(facts: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Capabilities(**facts)
+
+
+def measured(**tables: Any) -> MeasuredSpeed:
+    usual = ((49, 3.0), (64, 2.0))
+    names = ("inference", "training", "inference_without_bias", "training_without_bias")
+    return MeasuredSpeed(**{name: tables.get(name, usual) for name in names})
+
+
+def test_a_measured_speed_is_by_tokens_pass_and_bias() -> None:
+    problem = Problem(axis="block", window=(7, 7), batch=1, height=7, width=7, heads=1, head_dim=16)
+    with_bias, wider = replace(problem, bias=torch.float32), replace(problem, window=(7, 8))
+    training = replace(problem, requires_grad=True)
+    speed = measured(inference=((64, 5.0),), training_without_bias=((64, 7.0),))
+    assert [speed.of(each) for each in (problem, wider, with_bias, training)] == [3.0, 2.0, 5.0, 7.0]
+    assert speed.of(replace(problem, window=(9, 9))) == 2.0  # of more tokens than were measured: that of the most
+
+
+@pytest.mark.parametrize("table", [(), ((64, 2.0), (49, 3.0)), ((49, 2.0), (49, 3.0))])
+def test_a_table_of_speeds_that_does_not_ascend_is_refused(table: tuple[tuple[int, float], ...]) -> None:
+    with pytest.raises(ValueError, match=r"training of MeasuredSpeed must be of ascending .*, not of \["):
+        measured(training=table)

@@ -97,6 +97,13 @@ class TestPointwise:
         bias = normal(32, dtype=dtype) if biased else None
         self.check(x=x, weight=torch.eye(32, device=DEVICE, dtype=dtype), bias=bias, act=act)
 
+    @pytest.mark.parametrize("act", ACTIVATIONS)
+    def test_what_is_not_a_number_stays_so(self, act: str) -> None:
+        x = normal(1, 2, 3, 32, dtype=torch.float16)
+        x[0, 1, 2, 5] = torch.nan
+        out = ops.pointwise(x, torch.eye(32, device=DEVICE, dtype=x.dtype), None, act, None, None)
+        assert out.isnan().any(-1).flatten().tolist() == [False] * 5 + [True]
+
     def test_many_rows_are_cut_otherwise(self) -> None:
         few, many = (launches.pointwise(rows, 256, 64, False) for rows in (64, 10**6))
         assert few != many

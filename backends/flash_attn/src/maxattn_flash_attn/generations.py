@@ -108,7 +108,7 @@ FOUR = Generation(
 )
 
 PREFERRED = {8: (TWO,), 9: (THREE, TWO, FOUR), 10: (FOUR, TWO), 11: (FOUR, TWO), 12: (TWO, FOUR)}
-"""By the major compute capability: the generations for it, the fastest first."""
+"""By the major compute capability: the generations for it, in the order in which they are tried."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
