@@ -108,7 +108,14 @@ def test_the_guide_quotes_how_fast_networks_are() -> None:
     mib = {row.candidate: row.mib for row in step if row.mib is not None}
     least = min(mib[name] for name in mib if name.startswith("timm") and name.endswith("compiled"))
     some, whole = (mib[f"maxattn, {kind}compiled"] / least for kind in ("selective, ", ""))
-    one, eight = (rows_of("amd-epyc-2-cores", "model", batch=batch) for batch in (1, 8))
+    one, eight = (rows_of("amd-epyc-2-cores", "model", img_size=224, dtype="float32", batch=n) for n in (1, 8))
+    others = [
+        [
+            times_as_fast(rows_of("amd-epyc-2-cores", "model", **case, batch=n), "eager", "timm", "torchvision")
+            for n in (1, 8)
+        ]
+        for case in ({"dtype": "bfloat16"}, {"img_size": 384})
+    ]
     on_cpu = [
         [times_as_fast(rows, mode, "timm", "torchvision") for mode in ("eager", "compiled")] for rows in (one, eight)
     ]
@@ -132,6 +139,8 @@ def test_the_guide_quotes_how_fast_networks_are() -> None:
         f"| 0.6 | {some:.2f} with selective checkpointing, as fast as timm; else {whole:.2f}, missed |",
         f"batch 1: eager, compiled | 1.5 | {', '.join(on_cpu[0])}, missed compiled |",
         f"| batch 8 | 1.5 | {', '.join(on_cpu[1])}, missed compiled |",
+        f"| in bf16, eager, batches 1 and 8 | - | {', '.join(others[0])} |",
+        f"| at 384 in fp32, eager, batches 1 and 8, as timm | - | {', '.join(others[1])} |",
         f"H200: time, memory | 1 | {windows['windows', 'time']:.2f}, {windows['windows', 'mib']:.2f} |",
         f"as pixels to the power of {windows['full attention', 'time']:.2f}.",
         f"| 5 us | {', '.join(f'{1e6 * seconds:.1f} us' for seconds in added)} |",
