@@ -1,7 +1,10 @@
-"""What the tests of backends over other libraries have in common: a problem of a GPU, and the kit's checks by name."""
+"""What the tests of backends have in common: a problem of a GPU, and the kit's checks by name."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 import maxattn.testing.checks  # noqa: F401 - registers them
@@ -26,7 +29,12 @@ HOPPER = Problem(
 )
 
 
-def names_of_checks(backend: Backend, device: str, left_out: frozenset[str] = frozenset()) -> list[str]:
-    """The checks that apply to `backend`, but for those in `left_out`."""
+ON_A_GPU = pytest.mark.timeout(3600)
+"""There compilers make kernels for every head dim and dtype."""
+
+
+def names_of_checks(backend: Backend, device: str, left_out: frozenset[str] = frozenset()) -> list[Any]:
+    """The checks that apply to `backend`, but for those in `left_out`, as values of a parameter."""
     subject = subject_of(backend, device, examples=1, seed=0)
-    return [name for name, check in CHECKS.items() if not check.not_applicable(subject) and name not in left_out]
+    names = [name for name, check in CHECKS.items() if not check.not_applicable(subject) and name not in left_out]
+    return [pytest.param(name, marks=ON_A_GPU) for name in names] if device == "cuda" else names

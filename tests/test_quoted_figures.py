@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,26 @@ from maxattn_xformers import backend as xformers
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "docs" / "benchmarks" / "results"
-H200 = json.loads((RESULTS / "nvidia-h200-op.json").read_text("utf-8"))
 SHAPES = ((56, 7), (28, 7), (14, 7), (7, 7), (64, 8), (96, 12), (56, 14), (64, 16), (112, 28))
 """Pixels and tokens of a side."""
 
 
-def microseconds(size: int, window: int, what: str, candidate: str, bias: str) -> float:
-    def is_it(row: dict[str, Any]) -> bool:
-        case = row["case"]
-        where = case["size"], case["window"], case["axis"], case["bias"], case["pass"]
-        return where == (size, window, "block", bias, what) and row["candidate"] == candidate
+@cache
+def result(machine: str, kind: str) -> Result:
+    return Result.read(RESULTS / f"{machine}-{kind}.json")
 
-    (row,) = filter(is_it, H200["rows"])
-    return float(row["time"]["median"]) * 1e6
+
+def rows_of(machine: str, kind: str, **case: Any) -> list[Row]:
+    """Those with a time, of cases with these facts."""
+    rows = result(machine, kind).rows
+    return [row for row in rows if row.time is not None and case.items() <= row.case.items()]
+
+
+def microseconds(size: int, window: int, what: str, candidate: str, bias: str) -> float:
+    case = {"size": size, "window": window, "axis": "block", "bias": bias, "pass": what}
+    (time,) = (row.time for row in rows_of("nvidia-h200", "op", **case) if row.candidate == candidate)
+    assert time is not None
+    return time.median * 1e6
 
 
 def ratios(
@@ -82,11 +89,6 @@ def test_the_guide_quotes_which_backend_is_fastest(bias: str, names: tuple[str, 
 
 
 HOSTS = ("amd-epyc-2-cores", "intel-xeon-16-cores")
-
-
-def rows_of(machine: str, kind: str, **case: Any) -> list[Row]:
-    rows = Result.read(RESULTS / f"{machine}-{kind}.json").rows
-    return [row for row in rows if row.time is not None and case.items() <= row.case.items()]
 
 
 def times_as_fast(rows: list[Row], mode: str, *libraries: str) -> str:

@@ -7,30 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from adapters import names_of_checks
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import maxattn
-import maxattn.testing.checks
-from maxattn.ops.contract import Axis, Backend, Problem
+from maxattn.ops.contract import Axis, Problem
 from maxattn.ops.registry import registered
 from maxattn.testing import check_backend
 from maxattn.testing.budget import collect, shares, told_over
 from maxattn.testing.case import Case, Inputs
-from maxattn.testing.registry import CHECKS
-from maxattn.testing.runner import subject_of
 from maxattn_flash_attn import FlashAttn, generations
 from maxattn_flash_attn.generations import TWO, Generation
 from maxattn_flash_attn.lift import lift
 
 LEFT_OUT = frozenset(["far_apart", "generated", "operators"])
 """Checks that take gigabytes, or a minute of a C++ compiler; and of own operators, of which there are none."""
-
-
-def names_of_checks(backend: Backend, device: str) -> list[str]:
-    """The checks that apply to `backend`."""
-    subject = subject_of(backend, device, examples=1, seed=0)
-    return [name for name, check in CHECKS.items() if not check.not_applicable(subject) and name not in LEFT_OUT]
 
 
 class StandIn(FlashAttn):
@@ -60,7 +52,7 @@ class OnCpu(StandIn):
     )
 
 
-@pytest.mark.parametrize("name", names_of_checks(OnCpu(), "cpu"))
+@pytest.mark.parametrize("name", names_of_checks(OnCpu(), "cpu", LEFT_OUT))
 def test_conforms(name: str) -> None:
     (outcome,) = check_backend(OnCpu(), examples=10, only=[name]).checks
     assert outcome.status == "passed", str(outcome)
@@ -142,8 +134,7 @@ if torch.cuda.is_available():
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                 return super().flash(qkv, scale, generation, problem)
 
-    @pytest.mark.timeout(3600)
-    @pytest.mark.parametrize("name", names_of_checks(OnCuda(), "cuda"))
+    @pytest.mark.parametrize("name", names_of_checks(OnCuda(), "cuda", LEFT_OUT))
     def test_conforms_by_pytorchs_flash_attention(name: str) -> None:
         (outcome,) = check_backend(OnCuda(), device="cuda", examples=50, only=[name]).checks
         assert outcome.status != "failed", str(outcome)
@@ -151,8 +142,7 @@ if torch.cuda.is_available():
     if generations.installed():
 
         @pytest.mark.filterwarnings("ignore::UserWarning")  # what flash-attn 4 warns of, as it compiles
-        @pytest.mark.timeout(3600)
-        @pytest.mark.parametrize("name", names_of_checks(FlashAttn(), "cuda"))
+        @pytest.mark.parametrize("name", names_of_checks(FlashAttn(), "cuda", LEFT_OUT))
         def test_conforms_by_the_installed_flash_attn(name: str) -> None:
             (outcome,) = check_backend(FlashAttn(), device="cuda", examples=50, only=[name]).checks
             assert outcome.status != "failed", str(outcome)

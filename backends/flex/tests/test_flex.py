@@ -291,7 +291,6 @@ def test_an_installed_plugin_is_found_and_answers(tmp_path: Path) -> None:
 
 if torch.cuda.is_available():
 
-    @pytest.mark.timeout(3600)
     @pytest.mark.parametrize("name", names_of_checks(Flex(), "cuda"))
     def test_conforms_on_a_gpu(name: str) -> None:
         (outcome,) = check_backend(Flex(), device="cuda", examples=20, only=[name]).checks

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import maxattn
-from maxattn.ops.contract import Axis
+from maxattn.ops.contract import Axis, dtype_name
 
 SHAPES = ((8, 56, 7), (4, 30, 7), (4, 48, 12), (2, 64, 16), (1, 112, 28))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,7 +55,9 @@ def main() -> None:
                         name: float((found[name] - exact[name]).abs().max() / exact[name].abs().max()) for name in exact
                     }
                     shape = [B, size, window]
-                    rows.append({"shape": shape, "axis": axis, "dtype": str(dtype)[6:], "backend": backend, **errors})
+                    rows.append(
+                        {"shape": shape, "axis": axis, "dtype": dtype_name(dtype), "backend": backend, **errors}
+                    )
     facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     lines = [
         f"{facts['device']}, torch {facts['torch']}",

@@ -217,7 +217,6 @@ def test_an_installed_plugin_without_xformers_says_so(tmp_path: Path) -> None:
 
 if torch.cuda.is_available() and library.missing(library.installed()) is None:
 
-    @pytest.mark.timeout(3600)
     @pytest.mark.parametrize("name", names_of_checks(Xformers(), "cuda", LEFT_OUT))
     def test_conforms_by_xformers_itself(name: str) -> None:
         (outcome,) = check_backend(Xformers(), device="cuda", examples=50, only=[name]).checks

@@ -220,7 +220,6 @@ def test_an_installed_plugin_without_natten_says_so(tmp_path: Path) -> None:
 
 if torch.cuda.is_available() and library.missing(library.installed()) is None:
 
-    @pytest.mark.timeout(3600)
     @pytest.mark.parametrize("name", names_of_checks(Natten(), "cuda", LEFT_OUT))
     def test_conforms_by_natten_itself(name: str) -> None:
         (outcome,) = check_backend(Natten(), device="cuda", examples=50, only=[name]).checks

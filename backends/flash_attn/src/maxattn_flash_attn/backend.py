@@ -43,7 +43,7 @@ class FlashAttn(Backend):
     def generations(self, problem: Problem) -> list[Generation]:
         """The installed generations for the GPU of `problem`, the fastest first."""
         there = dict(generations.installed())
-        major = problem.compute_capability[0] if problem.compute_capability else 0
+        major = generations.major_of(problem.compute_capability)
         return [one for one in PREFERRED.get(major, ()) if one.number in there]
 
     def unsupported(self, problem: Problem) -> Sequence[Reason]:

@@ -51,7 +51,7 @@ class Generation:
     def head_dim(self, channels: int, capability: tuple[int, int] | None) -> int | None:
         """The smallest head dim of its kernels that holds `channels`; None if there is none."""
         dim = -(-channels // self.multiple) * self.multiple
-        major = capability[0] if capability else 0
+        major = major_of(capability)
         if self.number == 4 and major >= 10 and dim > 128:
             return LARGEST_HEAD_DIM if major < 12 and dim <= LARGEST_HEAD_DIM else None
         return dim if dim <= LARGEST_HEAD_DIM else None
@@ -62,7 +62,7 @@ class Generation:
         if dim is None:
             return [self._too_wide(problem, channels)]
         found = []
-        if problem.differentiated and problem.compute_capability and problem.compute_capability[0] in self.forward_only:
+        if problem.differentiated and major_of(problem.compute_capability) in self.forward_only:
             told = f"{self.name} was seen not to return from its backward pass on this kind of GPU"
             found.append(Reason("backward", told, "no gradient, or flash-attn 2 or 3"))
         if problem.dropout_p > 0 and not self.dropout:
@@ -91,7 +91,7 @@ class Generation:
         return dim > LARGEST_UNRESTRICTED and problem.compute_capability in SMALL_MEMORY
 
     def _deterministic(self, problem: Problem, dim: int) -> bool:
-        on_consumer_blackwell = problem.compute_capability is not None and problem.compute_capability[0] == 12
+        on_consumer_blackwell = major_of(problem.compute_capability) == 12
         return self.number == 2 or (dim <= LARGEST_UNRESTRICTED and not on_consumer_blackwell)
 
 
@@ -124,6 +124,16 @@ def installed() -> tuple[tuple[int, str], ...]:
 def _installed() -> tuple[tuple[int, str], ...]:
     found = [(one, _version(one.distribution)) for one in (TWO, THREE, FOUR) if has_module(one.module)]
     return tuple((one.number, version) for one, version in found if version or one is not FOUR)
+
+
+def major_of(capability: tuple[int, int] | None) -> int:
+    """The major compute capability; 0 where it is not known.
+
+    Example:
+        >>> major_of((9, 0)), major_of(None)
+        (9, 0)
+    """
+    return capability[0] if capability else 0
 
 
 def too_old(generation: Generation, version: str) -> bool:

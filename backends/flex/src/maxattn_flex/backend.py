@@ -24,7 +24,6 @@ MEASURED = MeasuredSpeed(
 )
 """On an NVIDIA H200 in bfloat16, once compiled, replayed from CUDA graphs."""
 
-
 LARGEST_HEAD_DIM_IN_FP32 = 128
 """On a GPU: PyTorch's tiles for wider ones are larger than the shared memory of an H200."""
 

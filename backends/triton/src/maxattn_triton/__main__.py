@@ -71,7 +71,6 @@ def tune(
             bar.update(task, advance=1, description=measured.key.kernel)
 
         found = tuning.tune(problem, progress=show)
-        bar.update(task, completed=bar.tasks[0].total)  # launches that steps have in common are tried once
     _print(found)
     typer.echo(f"\nkept in {tuned.path()}")
 

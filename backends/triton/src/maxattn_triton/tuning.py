@@ -61,8 +61,8 @@ def tune(
     found: list[Measured] = []
     for key in configs.keys(problem):
         tried: dict[Launch, Measured] = {}
-        best, as_it_is = configs.launch(key), dict[str, int]()
-        for step in ([as_it_is], *(steps or usual_steps)(key)):
+        best, unchanged = configs.launch(key), Steps([[{}]])
+        for step in unchanged + (steps or usual_steps)(key):
             for launch in (best._replace(**changed) for changed in step):
                 if launch not in tried:
                     with configs.forced(key.kernel, launch):

@@ -17,7 +17,6 @@ from maxattn_xformers import library
 MULTIPLE = 8
 """Head dims are multiples of this, and so are the strides of the bias: 16 bytes."""
 
-
 MEASURED = MeasuredSpeed(
     inference=((49, 2.1), (64, 1.3), (144, 0.89), (256, 0.64), (inf, 0.5)),
     training=((64, 1.15), (144, 1.08), (inf, 1.04)),

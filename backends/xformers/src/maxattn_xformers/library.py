@@ -41,17 +41,17 @@ class Installed(NamedTuple):
 @cache
 def installed() -> Installed:
     """What of xFormers and mslk is installed; imports neither."""
-    mslk = has_module("mslk")
+    mslk, clash = has_module("mslk"), clashes()
     found = find_spec("xformers")
     if found is None:
-        return Installed(None, False, mslk, clash=clashes())
+        return Installed(None, False, mslk, clash=clash)
     lacks = missing_cuda(Path(found.origin or ""), torch.version.cuda)
     try:
         known = distribution("xformers")
     except PackageNotFoundError:
-        return Installed("", False, mslk, lacks, clashes())
+        return Installed("", False, mslk, lacks, clash)
     needs = any(re.match(r"mslk\b", required) for required in known.requires or ())
-    return Installed(known.version, needs, mslk, lacks, clashes())
+    return Installed(known.version, needs, mslk, lacks, clash)
 
 
 def clashes() -> bool:
