@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from maxattn.ops.contract import Problem
 from maxattn.ops.registry import registered
 from maxattn_triton import Triton, configs, tuned, tuning
+from maxattn_triton.__main__ import app
 from maxattn_triton.configs import Key, Launch
 from maxattn_triton.tuning import Measured
 
@@ -138,6 +140,19 @@ def test_a_launch_that_fails_is_told_and_not_kept(monkeypatch: pytest.MonkeyPatc
     assert found[0].milliseconds is None
     assert found[0].failure
     assert configs.launch(FORWARD) == TWO[0]
+
+
+def test_a_place_that_launches_cannot_be_kept_in_is_told_before_any_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "launches.json"
+    monkeypatch.setenv("MAXATTN_TRITON_LAUNCHES", str(place))
+    monkeypatch.setattr(tuning, "tune", lambda *given, **options: pytest.fail("it measured"))
+    result = CliRunner().invoke(app, ["--device", DEVICE, "--window", "2", "--size", "4", "--head-dim", "16"])
+    assert result.exit_code == 2
+    assert f"Error: launches could not be kept in {place}: " in result.stderr
+    assert "MAXATTN_TRITON_LAUNCHES names another file" in result.stderr
 
 
 def test_no_launch_that_works_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,12 @@ def tune(
     if explanation.backend is None:
         typer.echo(f"Error: {explanation}", err=True)
         raise typer.Exit(2)
+    try:
+        tuned.save({})
+    except OSError as error:
+        told = f"launches could not be kept in {tuned.path()}: {error.strerror}"
+        typer.echo(f"Error: {told}; MAXATTN_TRITON_LAUNCHES names another file", err=True)
+        raise typer.Exit(2) from None
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         keys = configs.keys(problem)
