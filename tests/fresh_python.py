@@ -6,14 +6,18 @@ import os
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 
 def python(*paths: Path, arguments: tuple[str, ...]) -> str:
-    """The output of a new Python with `paths` in front of its path."""
+    """The output of a new Python with `paths` in front of its path, and no plugins but those announced there."""
     path = os.pathsep.join(filter(None, [*map(str, paths), *sys.path]))
+    points = [point for found in distributions(path=[*map(str, paths)]) for point in found.entry_points]
+    plugins = ",".join(point.name for point in points if point.group == "maxattn")
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": path, "MAXATTN_PLUGINS": plugins}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

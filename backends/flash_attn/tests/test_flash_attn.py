@@ -27,6 +27,8 @@ PROJECT = Path(__file__).parents[1]
 NO_GRADIENT: dict[str, Any] = {"requires_grad": False, "bias_requires_grad": False}
 NO_BIAS: dict[str, Any] = {"bias": None, "bias_requires_grad": False}
 ALL = {2: "2.8.4", 3: "3.0.0", 4: "4.0.0b36"}
+COMPILER = "4.8.1"
+"""Of flash-attn 4."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,7 @@ def backend() -> Iterator[FlashAttn]:
 def have(versions: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that these versions of flash-attn are installed."""
     monkeypatch.setattr(generations, "installed", lambda: tuple(versions.items()))
+    monkeypatch.setattr(generations, "installed_version", lambda distribution: COMPILER)
 
 
 def reasons(problem: Problem) -> tuple[Reason, ...]:
@@ -54,7 +57,6 @@ def reasons(problem: Problem) -> tuple[Reason, ...]:
         pytest.param({2: "2.6.3"}, {}, "version", id="too old a version"),
         pytest.param({3: ""}, {"dropout_p": 0.1}, "dropout", id="dropout in 3"),
         pytest.param({4: ""}, {"dropout_p": 0.1, "compute_capability": (10, 0)}, "dropout", id="dropout in 4"),
-        pytest.param({4: ""}, {}, "backward", id="gradients by 4 on 9.x"),
         pytest.param(
             {2: ""},
             {"dropout_p": 0.1, "head_dim": 200, "compute_capability": (8, 9)} | NO_BIAS,
@@ -95,6 +97,17 @@ def test_what_it_cannot_serve_it_declines_with_a_reason(
     assert {reason.code for reason in found} == {code}
 
 
+@pytest.mark.parametrize(("version", "declined"), [("4.6.3", True), ("4.8.1", False), ("", False)])
+def test_gradients_by_4_on_9x_take_a_compiler_with_which_they_were_seen_to_return(
+    version: str, declined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have({4: ""}, monkeypatch)
+    monkeypatch.setattr(generations, "installed_version", lambda distribution: version)
+    assert [reason.code for reason in reasons(HOPPER)] == ["backward"] * declined
+    assert not reasons(replace(HOPPER, **NO_GRADIENT))
+    assert not reasons(replace(HOPPER, compute_capability=(10, 0)))
+
+
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0)])
 @pytest.mark.parametrize("channels", [8, 40, 72, 104, 120])
 def test_4_gets_head_dims_for_which_its_kernels_agree(channels: int, capability: tuple[int, int]) -> None:
@@ -109,7 +122,7 @@ def test_4_gets_head_dims_for_which_its_kernels_agree(channels: int, capability:
     [
         ((2, 3, 4), {}, "flash-attn 3, head dim 136, the bias in two terms"),
         ((2, 4), {}, "flash-attn 2, head dim 136, the bias in two terms"),
-        ((4,), NO_GRADIENT, "flash-attn 4, head dim 160, the bias in two terms"),
+        ((4,), {}, "flash-attn 4, head dim 160, the bias in two terms"),
         ((2, 3, 4), NO_BIAS, "flash-attn 3, head dim 32"),
         ((2, 3, 4), {"dropout_p": 0.1}, "flash-attn 2, head dim 136, the bias in two terms"),
         ((2, 3, 4), {"compiling": True}, "flash-attn 2, head dim 136, the bias in two terms"),

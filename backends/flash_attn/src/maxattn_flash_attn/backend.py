@@ -97,7 +97,7 @@ class FlashAttn(Backend):
         found: list[Reason] = []
         for generation in candidates:
             version = dict(generations.installed()).get(generation.number, "")
-            if generations.too_old(generation, version):
+            if generations.older(version, generation.oldest):
                 hint = f"from {generation.oldest[0]}.{generation.oldest[1]}"
                 found.append(Reason("version", f"{generation.name} is installed in version {version}, too old", hint))
                 continue

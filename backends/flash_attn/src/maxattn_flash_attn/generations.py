@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -41,8 +41,10 @@ class Generation:
     multiple: int = MULTIPLE
     dropout: bool = False
     compile: bool = False
-    forward_only: frozenset[int] = frozenset()
-    """Major compute capabilities on which its backward pass was seen not to return."""
+    compiler: str = ""
+    """The distribution that compiles its kernels."""
+    compiler_for_gradients: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By the major compute capability: the oldest compiler with which its backward pass was seen to return."""
 
     @property
     def name(self) -> str:
@@ -62,9 +64,13 @@ class Generation:
         if dim is None:
             return [self._too_wide(problem, channels)]
         found = []
-        if problem.differentiated and major_of(problem.compute_capability) in self.forward_only:
-            told = f"{self.name} was seen not to return from its backward pass on this kind of GPU"
-            found.append(Reason("backward", told, "no gradient, or flash-attn 2 or 3"))
+        oldest = self.compiler_for_gradients.get(major_of(problem.compute_capability))
+        if problem.differentiated and oldest and older(installed_version(self.compiler), oldest):
+            named = f"{self.compiler} {'.'.join(map(str, oldest))}"
+            told = f"before {named} {self.name} was seen not to return from its backward pass on this kind of GPU"
+            found.append(
+                Reason("backward", told, f"pip install --upgrade {self.compiler} quack-kernels, or no gradient")
+            )
         if problem.dropout_p > 0 and not self.dropout:
             found.append(Reason("dropout", f"{self.name} has no dropout", HAS_IT))
         elif problem.dropout_p > 0 and problem.differentiated and self._lacks_memory(problem, dim):
@@ -104,7 +110,8 @@ FOUR = Generation(
     module="flash_attn.cute",
     distribution="flash-attn-4",
     multiple=MULTIPLE_IN_4,
-    forward_only=frozenset({9}),  # 4.0.0b36 on an H200, with nvidia-cutlass-dsl 4.6.2 and 4.6.3
+    compiler="nvidia-cutlass-dsl",
+    compiler_for_gradients={9: (4, 8)},  # 4.0.0b36 on an H200: not with 4.6.2 and 4.6.3, but with 4.8.1
 )
 
 PREFERRED = {8: (TWO,), 9: (THREE, TWO, FOUR), 10: (FOUR, TWO), 11: (FOUR, TWO), 12: (TWO, FOUR)}
@@ -122,7 +129,7 @@ def installed() -> tuple[tuple[int, str], ...]:
 
 @cache
 def _installed() -> tuple[tuple[int, str], ...]:
-    found = [(one, _version(one.distribution)) for one in (TWO, THREE, FOUR) if has_module(one.module)]
+    found = [(one, installed_version(one.distribution)) for one in (TWO, THREE, FOUR) if has_module(one.module)]
     return tuple((one.number, version) for one, version in found if version or one is not FOUR)
 
 
@@ -136,18 +143,20 @@ def major_of(capability: tuple[int, int] | None) -> int:
     return capability[0] if capability else 0
 
 
-def too_old(generation: Generation, version: str) -> bool:
-    """Whether a version, if it is known, is older than the oldest that serves.
+def older(version: str, oldest: tuple[int, int]) -> bool:
+    """Whether a version, if it is known, is older than that.
 
     Example:
-        >>> too_old(TWO, "2.6.3"), too_old(TWO, "2.8.3.post1"), too_old(TWO, "")
+        >>> older("2.6.3", (2, 7)), older("2.8.3.post1", (2, 7)), older("", (2, 7))
         (True, False, False)
     """
     known = re.match(r"(\d+)\.(\d+)", version)
-    return known is not None and (int(known[1]), int(known[2])) < generation.oldest
+    return known is not None and (int(known[1]), int(known[2])) < oldest
 
 
-def _version(distribution: str) -> str:
+@cache
+def installed_version(distribution: str) -> str:
+    """The version of a distribution; "" if it is not installed."""
     try:
         return version_of(distribution)
     except PackageNotFoundError:

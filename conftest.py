@@ -1,4 +1,4 @@
-"""Settings for all tests: no override from the developer's environment, one thread, hypothesis without a clock."""
+"""Settings for all tests: nothing of the developer's environment, one thread, hypothesis without a clock."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import os
 import torch
 from hypothesis import settings
 
+import maxattn
+
 for name in [name for name in os.environ if name.startswith("MAXATTN_")]:
     del os.environ[name]
+
+os.environ["MAXATTN_PLUGINS"] = ""
+maxattn.list_backends()  # loads plugins, once in a process: none of those that are installed
+del os.environ["MAXATTN_PLUGINS"]
 
 torch.set_num_threads(1)
 
