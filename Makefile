@@ -19,7 +19,7 @@ test: $(VENV)/.with-test $(VENV)/.with-peers ## lint, types, import rules and th
 	$(BIN)/lint-imports --no-logo
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal backends/flash_attn backends/flex backends/xformers plugins/natten
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal backends/triton/tests tests/inference/gpu
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal backends/triton/tests tests/inference/gpu tests/nn/gpu
 
 demo: $(VENV)/.with-demo ## train a MaxViT on real digits, compare the backends, draw what it attends to
 	$(BIN)/python examples/digits/demo.py

@@ -16,6 +16,7 @@ from maxattn.inference import gpu, onednn
 from maxattn.inference.fixed import Fixed, take_over
 from maxattn.inference.fold import Weights
 from maxattn.nn.conv import Conv2d, same_padding
+from maxattn.nn.gpu import name_of
 
 
 class Fused(Fixed):
@@ -30,7 +31,7 @@ class Fused(Fixed):
         self.bias = None if weights.bias is None else _fixed(weights.bias)
         self.act = nn.Identity() if act is None else act
         self._post = onednn.post_op(self.act)
-        self._gpu_act = gpu.name_of(self.act) or ""
+        self._gpu_act = name_of(self.act) or ""
         self._packed: dict[Any, Tensor] = {}
 
     def _changed(self) -> None:

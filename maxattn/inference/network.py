@@ -17,9 +17,9 @@ from maxattn.inference.convert import convert
 from maxattn.inference.fixed import Changes, Fixed
 from maxattn.inference.graphs import CUDAGraphs, Graphs
 from maxattn.inference.layers import Fused
-from maxattn.inference.values import values_alone
 from maxattn.nn import MaxViT, MBConv
 from maxattn.ops.dispatch import asked, eager_override
+from maxattn.ops.tracing import values_alone
 
 PLAIN = "do so with the plain model, then maxattn.optimize_for_inference(model)"
 BYTES_AT_ONCE = 32 << 20

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maxattn.inference.values import values_alone
+from maxattn.ops.tracing import values_alone
 
 ops = torch.ops.mkldnn
 

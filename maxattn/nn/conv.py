@@ -7,10 +7,12 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maxattn.nn.basic import ACTIVATIONS, conv_norm, update
+from maxattn.nn import gpu
+from maxattn.nn.basic import ACTIVATIONS, conv_norm, normed, update
 from maxattn.nn.checkpointing import Selective
 
 Padding = Literal["same", "symmetric"]
+IDENTITY = nn.Identity()
 
 
 class Conv2d(nn.Conv2d):
@@ -30,12 +32,19 @@ class Conv2d(nn.Conv2d):
         self.pads_by_size = padding == "same" and stride > 1
 
     def forward(self, x: Tensor) -> Tensor:
+        if gpu.serves_depthwise(self, x):
+            return gpu.convolved(self, x, self._pads(x))
         if not self.pads_by_size:
             return super().forward(x)
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        (top, bottom), (left, right) = (same_padding(size, kernel, stride) for size in x.shape[2:])
-        x = F.pad(x, (left, right, top, bottom))
+        x = F.pad(x, (*self._pads(x)[1], *self._pads(x)[0]))
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+    def _pads(self, x: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Zeros above and below x, and left and right of it."""
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        if not self.pads_by_size:
+            return (kernel // 2,) * 2, (kernel // 2,) * 2
+        return same_padding(x.shape[2], kernel, stride), same_padding(x.shape[3], kernel, stride)
 
 
 class SqueezeExcite(nn.Module):
@@ -141,13 +150,13 @@ class MBConv(Selective):
         return self.shortcut(x).permute(0, 2, 3, 1) + self.update(y.permute(0, 2, 3, 1))
 
     def _expanded(self, x: Tensor) -> Tensor:
-        return self.conv1(self.pre_norm(x))
+        return self.conv1(normed(self.pre_norm, IDENTITY, x))
 
     def _filtered(self, y: Tensor) -> Tensor:
-        return self.conv2(self.act(self.norm1(y)))
+        return self.conv2(normed(self.norm1, self.act, y))
 
     def _projected(self, y: Tensor) -> Tensor:
-        y = self.act(self.norm2(y))
+        y = normed(self.norm2, self.act, y)
         return self.conv3(y if self.se is None else self.se(y))
 
 

@@ -188,9 +188,11 @@ class MaxViT(nn.Module):
             raise ValueError(f"images must be (B, {self.spec.in_chans}, H, W), not {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"images must be of a floating point dtype, not {x.dtype}: scale and normalise them first")
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling():
+            from maxattn.ops.tracing import exporting
+
             # Attention makes the sides constants of a compiled graph; as symbols until there they slow the compiler.
-            _ = index(x.shape[2]), index(x.shape[3])
+            _ = exporting() or (index(x.shape[2]), index(x.shape[3]))
         return self.stem(x)
 
     def _last_map(self, x: Tensor) -> Tensor:

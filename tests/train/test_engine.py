@@ -334,6 +334,7 @@ def test_mixed_precision_computes_in_bf16_and_keeps_the_weights_in_fp32(stripes:
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.float32, torch.int64}
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # of the compiler, on a GPU
 def test_a_compiled_network_learns_the_same(stripes: Path, tmp_path: Path) -> None:
     spec = {**SPEC, "drop_path_rate": 0.0, "stages": [{"width": 16, "depth": 1, "layers": ["block"]}]}
     compiler.reset()

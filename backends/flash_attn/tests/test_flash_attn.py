@@ -21,6 +21,7 @@ import maxattn
 from maxattn.ops.contract import Problem, Reason
 from maxattn.ops.registry import registered
 from maxattn_flash_attn import FlashAttn, generations
+from maxattn_flash_attn.backend import CAPABILITIES
 from maxattn_flash_attn.generations import FOUR, THREE, TWO, Generation
 
 PROJECT = Path(__file__).parents[1]
@@ -162,6 +163,24 @@ def test_a_window_too_large_is_told_the_largest_that_fits(monkeypatch: pytest.Mo
 def test_it_is_not_chosen_before_sdpa_while_nobody_has_measured_it(monkeypatch: pytest.MonkeyPatch) -> None:
     have(ALL, monkeypatch)
     assert maxattn.explain(HOPPER).backend == "sdpa"
+    have({4: ""}, monkeypatch)
+    assert maxattn.explain(HOPPER).backend == "sdpa"
+    assert maxattn.explain(replace(HOPPER, compute_capability=(10, 0), **NO_BIAS)).backend == "sdpa"
+
+
+def test_4_is_chosen_before_sdpa_where_it_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    have({4: ""}, monkeypatch)
+    for side, passes, chosen in ((7, {}, "flash_attn"), (7, NO_GRADIENT, "sdpa"), (12, NO_GRADIENT, "flash_attn")):
+        problem = replace(HOPPER, window=(side, side), **NO_BIAS | passes)
+        assert maxattn.explain(problem).backend == chosen
+
+
+@pytest.mark.parametrize(("versions", "dropout"), [(ALL, True), ({3: "", 4: ""}, False), ({}, True)])
+def test_dropout_is_declared_where_a_generation_may_have_it(
+    versions: dict[int, str], dropout: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have(versions, monkeypatch)
+    assert FlashAttn().capabilities.dropout == dropout
 
 
 def attention(qkv: Tensor, scale: float) -> Tensor:
@@ -200,7 +219,7 @@ def test_each_generation_is_called_by_its_own_signature(
 ) -> None:
     class OnCpu(FlashAttn):
         name = "on_cpu"
-        capabilities = replace(FlashAttn.capabilities, devices=frozenset({"cpu"}), dtypes=frozenset({torch.float64}))
+        capabilities = replace(CAPABILITIES, devices=frozenset({"cpu"}), dtypes=frozenset({torch.float64}))
 
         def generations(self, problem: Problem) -> list[Generation]:
             return [generation]

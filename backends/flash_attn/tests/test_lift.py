@@ -18,6 +18,7 @@ from maxattn.testing import check_backend
 from maxattn.testing.budget import collect, shares, told_over
 from maxattn.testing.case import Case, Inputs
 from maxattn_flash_attn import FlashAttn, generations
+from maxattn_flash_attn.backend import CAPABILITIES
 from maxattn_flash_attn.generations import TWO, Generation
 from maxattn_flash_attn.lift import lift
 
@@ -46,7 +47,7 @@ class OnCpu(StandIn):
     """In every dtype: fp64 proves the formula, the others its rounding."""
 
     capabilities = replace(
-        FlashAttn.capabilities,
+        CAPABILITIES,
         devices=frozenset({"cpu"}),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}),
     )
@@ -128,7 +129,7 @@ if torch.cuda.is_available():
     class OnCuda(StandIn):
         """PyTorch's own build of flash-attn 2, and nothing else."""
 
-        capabilities = replace(FlashAttn.capabilities, compute_capability=((8, 0), None))
+        capabilities = replace(CAPABILITIES, compute_capability=((8, 0), None))
 
         def flash(self, qkv: Tensor, scale: float, generation: Generation, problem: Problem) -> Tensor:
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):

@@ -22,8 +22,6 @@ from maxattn_triton import Triton
 
 WORLD = 2
 DEVICE = "cuda" if torch.cuda.device_count() >= WORLD else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def layers() -> nn.Sequential:
@@ -55,4 +53,6 @@ def train(rank: int, rendezvous: str) -> None:
 
 
 if __name__ == "__main__":
+    if DEVICE == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
     mp.spawn(train, args=(f"file://{sys.argv[1]}",), nprocs=WORLD)

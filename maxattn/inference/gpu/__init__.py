@@ -5,15 +5,12 @@ These functions take what the layers have. Triton is imported at the first call:
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maxattn.inference.gpu import launches
-from maxattn.inference.values import values_alone
+from maxattn.ops.tracing import exporting, runs_triton, values_alone
 
 DEVICES = frozenset({"cuda"})
 DTYPES = frozenset({torch.float16, torch.bfloat16})
@@ -28,26 +25,13 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and x.numel() > 0
         and values_alone(x, weight)
         and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_exporting()
+        and not exporting()
     )
 
 
 def made_for(x: Tensor) -> bool:
     """Whether the kernels are for such a device and dtype."""
-    return x.device.type in DEVICES and x.dtype in DTYPES and _runs_on(x.device)
-
-
-def name_of(act: nn.Module) -> str | None:
-    """What the kernels call an activation; None if they have no name for it.
-
-    Example:
-        >>> name_of(nn.GELU(approximate="tanh")), name_of(nn.Tanh())
-        ('gelu_tanh', None)
-    """
-    if type(act) is nn.GELU:
-        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    names = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid"}
-    return names.get(type(act))
+    return x.device.type in DEVICES and x.dtype in DTYPES and runs_triton(x.device)
 
 
 def normed_by(norm: nn.Module) -> tuple[str, float] | None:
@@ -152,16 +136,3 @@ def pool(x: Tensor, kernel: int, stride: int, padding: int, padded: bool) -> Ten
     from maxattn.inference.gpu import ops
 
     return ops.pool(x, kernel, stride, padding, padded)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _runs_on(device: torch.device) -> bool:
-    return _able(device)
-
-
-@cache
-def _able(device: torch.device) -> bool:
-    """Whether Triton is here, and the device one of NVIDIA's that the kernels are made for."""
-    if find_spec("triton") is None or torch.version.hip is not None:
-        return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
