@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
 
 
 def values_alone(*tensors: Tensor) -> bool:
@@ -42,6 +43,17 @@ def exporting() -> bool:
         False
     """
     return torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def in_ddp() -> bool:
+    """Whether this is within a `DistributedDataParallel`, for which compilers split their graphs.
+
+    Example:
+        >>> in_ddp()
+        False
+    """
+    return DistributedDataParallel._active_ddp_module is not None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

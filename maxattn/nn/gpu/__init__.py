@@ -84,13 +84,15 @@ def serves_depthwise(conv: nn.Conv2d, x: Tensor) -> bool:
 def batch_norm_act(norm: nn.BatchNorm2d, act: nn.Module, x: Tensor) -> Tensor:
     """`act(norm(x))` in training. The running statistics of `norm` are brought forward as its own `forward` does.
 
-    In a compiled graph x and its moments are kept, and the rest is computed again where the backward pass uses it.
+    In a compiled graph x and its moments are kept, and the rest is computed again where the backward pass uses it; but
+    for DDP, since before torch 2.13 a graph with checkpoints cannot be split.
     """
     from maxattn.nn.gpu import ops
+    from maxattn.ops.tracing import in_ddp
 
     mean, var = ops.moments(x.detach())
     inputs = (x, mean, torch.rsqrt(var + norm.eps), norm.weight, norm.bias, name_of(act))
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not in_ddp():
         y = checkpoint(ops.batch_norm_act, *inputs, use_reentrant=False, preserve_rng_state=False)
     else:
         y = ops.batch_norm_act(*inputs)

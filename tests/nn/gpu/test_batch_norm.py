@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.autograd import forward_ad
 from torch.library import opcheck
+from torch.nn.parallel import DistributedDataParallel
 
 import maxattn
 from maxattn.nn import MBConv, gpu
@@ -203,6 +204,22 @@ def test_a_compilers_graph_holds_both_operators(selective: bool) -> None:
     else:
         forward, backward = (sum(f"{name}.default" in target for target in called) for name in OPERATORS)
         assert (forward, backward) == (3 if selective else 0, 3)
+
+
+@torch._dynamo.config.patch(optimize_ddp=False)
+@pytest.mark.parametrize("ddp", [False, True])
+def test_no_checkpoint_stops_ddp_from_splitting_a_graph(ddp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", object() if ddp else None)
+    called: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    norm, act = layer(8, "gelu_tanh")
+    torch._dynamo.reset()
+    torch.compile(lambda x: gpu.batch_norm_act(norm, act, x), backend=look, fullgraph=True)(images(2, 8, 3, 3))
+    assert any("checkpoint" in target for target in called) != ddp
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
