@@ -85,7 +85,7 @@ def batch_norm_act(norm: nn.BatchNorm2d, act: nn.Module, x: Tensor) -> Tensor:
     """`act(norm(x))` in training. The running statistics of `norm` are brought forward as its own `forward` does.
 
     In a compiled graph x and its moments are kept, and the rest is computed again where the backward pass uses it; but
-    for DDP, since before torch 2.13 a graph with checkpoints cannot be split.
+    not within DDP, whose graphs are split, for not every compiler can split one with checkpoints.
     """
     from maxattn.nn.gpu import ops
     from maxattn.ops.tracing import in_ddp
