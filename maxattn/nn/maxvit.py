@@ -192,7 +192,8 @@ class MaxViT(nn.Module):
             from maxattn.ops.tracing import exporting
 
             # Attention makes the sides constants of a compiled graph; as symbols until there they slow the compiler.
-            _ = exporting() or (index(x.shape[2]), index(x.shape[3]))
+            if not exporting():
+                _ = index(x.shape[2]), index(x.shape[3])
         return self.stem(x)
 
     def _last_map(self, x: Tensor) -> Tensor:

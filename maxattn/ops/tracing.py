@@ -53,7 +53,7 @@ def in_ddp() -> bool:
         >>> in_ddp()
         False
     """
-    return DistributedDataParallel._active_ddp_module is not None
+    return DistributedDataParallel._get_active_ddp_module() is not None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -60,6 +60,8 @@ def serves_batch_norm(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
         and name_of(act) not in (None, "sigmoid")
         and x.numel() > x.shape[1]
         and serves(x, norm, act)
+        and norm.weight.device == x.device
+        and norm.weight.dtype in (x.dtype, torch.float32)
     )
 
 
@@ -68,15 +70,19 @@ def serves_depthwise(conv: nn.Conv2d, x: Tensor) -> bool:
 
     x is in the dtype that autocast asks for, or without it in that of the weight.
     """
+    kernel = conv.kernel_size[0]
     return (
-        conv.groups == conv.in_channels == conv.out_channels == x.shape[1]
+        serves(x, conv)
+        and "weight" in conv._parameters  # and not computed at each access
+        and conv.groups == conv.in_channels == conv.out_channels == x.shape[1]
         and conv.bias is None
         and conv.kernel_size in ((3, 3), (5, 5), (7, 7))
         and conv.stride in ((1, 1), (2, 2))
         and conv.dilation == (1, 1)
+        and conv.padding == (kernel // 2, kernel // 2)
+        and conv.padding_mode == "zeros"
         and torch.is_grad_enabled()
         and x.device == conv.weight.device
-        and serves(x, conv)
         and x.dtype == _computed_in(x.device.type, conv.weight.dtype)
     )
 

@@ -13,22 +13,22 @@ INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def slope(x, ACT: tl.constexpr):
-    """The derivative of an activation, of fp32; GELU with tanh is `x sigmoid(2 u)`."""
+def before(dy, x, ACT: tl.constexpr):
+    """The gradient before an activation of x, from `dy` after it; GELU with tanh is `x sigmoid(2 u)`."""
     if ACT == "gelu_tanh":
         s = sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
-        d = s + x * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
+        g = dy * (s + x * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * x * x)))
     elif ACT == "gelu":
-        d = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        g = dy * (0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x))
     elif ACT == "silu":
         s = sigmoid(x)
-        d = s + x * s * (1.0 - s)
+        g = dy * (s + x * s * (1.0 - s))
     elif ACT == "relu":
-        d = tl.where(x > 0.0, 1.0, 0.0)
+        g = tl.where(x <= 0.0, 0.0, dy)
     else:
         tl.static_assert(ACT == "none", "unknown activation")
-        d = tl.full(x.shape, 1.0, tl.float32)
-    return d
+        g = dy
+    return g
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def sums(
     for start in range(0, rows, BLOCK_M):
         inside = (start + row < rows)[:, None] & exists[None, :]
         normal = (tl.load(x + start * C + at, mask=inside, other=0.0).to(tl.float32) - centre) * deviation
-        g = tl.load(dy + start * C + at, mask=inside, other=0.0).to(tl.float32) * slope(normal * w + b, ACT)
+        g = before(tl.load(dy + start * C + at, mask=inside, other=0.0).to(tl.float32), normal * w + b, ACT)
         alone += g
         product += g * normal
     tl.store(of_gradient + part * C + channel, tl.sum(alone, 0), mask=exists)

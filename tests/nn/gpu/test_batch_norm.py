@@ -130,6 +130,13 @@ def test_what_is_not_a_number_stays_so(act: str) -> None:
     assert y[:, 3].isnan().all()
 
 
+def test_where_relu_is_off_a_gradient_that_is_not_finite_is_none() -> None:
+    norm, act = layer(8, "relu")
+    x, dy = images(2, 8, 3, 3), images(2, 8, 3, 3, seed=1)
+    dy[norm(x) <= 0] = torch.inf
+    assert all(value.isfinite().all() for value in results(norm, act, x, dy, ours=True).values())
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     norm, act = layer(8, "gelu_tanh")
     norm.bias.requires_grad_(False)
@@ -237,6 +244,7 @@ def test_what_it_does_not_serve_is_left_to_pytorch(monkeypatch: pytest.MonkeyPat
     assert not gpu.serves_batch_norm(nn.BatchNorm2d(8, momentum=None), act, x)
     assert not gpu.serves_batch_norm(norm, nn.Tanh(), x)
     assert not gpu.serves_batch_norm(norm, act, x.double())
+    assert not gpu.serves_batch_norm(copy.deepcopy(norm).bfloat16(), act, x)
     assert not gpu.serves_batch_norm(norm, act, x.contiguous())
     assert not gpu.serves_batch_norm(norm, act, x[:1, :, :1, :1])
     with forward_ad.dual_level():

@@ -207,7 +207,9 @@ def test_what_it_does_not_serve_is_left_to_pytorch(monkeypatch: pytest.MonkeyPat
 
     def served(x: Tensor = images, dtype: torch.dtype = torch.float32, **changed: Any) -> bool:
         options = {"stride": 1, "groups": 8, "bias": False} | changed
-        conv = nn.Conv2d(8, options.pop("out", 8), options.pop("kernel", 3), **options)
+        kernel = options.pop("kernel", 3)
+        padding = options.pop("padding", kernel // 2 if isinstance(kernel, int) else 1)
+        conv = nn.Conv2d(8, options.pop("out", 8), kernel, padding=padding, **options)
         return gpu.serves_depthwise(conv.to(DEVICE, dtype), x)
 
     assert not served()
@@ -217,6 +219,10 @@ def test_what_it_does_not_serve_is_left_to_pytorch(monkeypatch: pytest.MonkeyPat
     assert not served(stride=3)
     assert not served(dilation=2)
     assert not served(bias=True)
+    assert not served(padding=0)
+    assert not served(padding_mode="reflect")
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False))
+    assert not gpu.serves_depthwise(normed.to(DEVICE), images)
     assert not served(groups=1)
     assert not served(groups=4)
     assert not served(out=16)

@@ -17,7 +17,7 @@ MULTIPLE = 8
 """Head dims that the kernels take are multiples of this."""
 
 MULTIPLE_IN_4 = 32
-"""As it was run on an H200, forward. For some other head dims on 9.x the backward pass of 4.0.0b36 was reported to give
+"""As it was run on an H200. For some other head dims on 9.x the backward pass of 4.0.0b36 was reported to give
 a wrong gradient of q (https://github.com/Dao-AILab/flash-attention/pull/2896), and does not compile for 104 and 112."""
 
 LARGEST_HEAD_DIM = 256
