@@ -6,27 +6,19 @@ Padding is no copy, and may differ on each side. Importing this imports Triton.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, triton_op, wrap_triton
-from triton.runtime.jit import JITFunction
 
 from maxattn.nn.gpu import depthwise_kernels as kernels
+from maxattn.nn.gpu.launching import CHANNELS, COMPILED, PROGRAMS, blocks_of, launch, operator
 from maxattn.ops.devices import on_device_of
 
-COMPILED = isinstance(kernels.forward, JITFunction)
-_operator: Callable[..., Any] = triton_op if COMPILED else custom_op
-
-CHANNELS = 64
 COLUMNS = {3: 8, 5: 8, 7: 4}
 """Of a tile, by the size of the kernel, all weights of which a thread holds for its channels."""
 ROWS = {1: 7, 2: 4}
 """Of a tile, by the stride."""
-PROGRAMS = 1056
-"""About how many of them sum over pixels: 8 on each multiprocessor of an H200."""
 
 
 def convolve(x: Tensor, weight: Tensor, stride: int, pads: tuple[tuple[int, int], tuple[int, int]]) -> Tensor:
@@ -40,7 +32,7 @@ def convolve(x: Tensor, weight: Tensor, stride: int, pads: tuple[tuple[int, int]
     return out
 
 
-@_operator("maxattn_nn::depthwise", mutates_args=())  # type: ignore[untyped-decorator]
+@operator("maxattn_nn::depthwise", mutates_args=())  # type: ignore[untyped-decorator]
 def depthwise(x: Tensor, weight: Tensor, stride: int, top: int, left: int, oh: int, ow: int) -> Tensor:
     """`(B, C, oh, ow)` of `x (B, C, H, W)`, both channels-last: so many zeros before x, and after it as many as needed.
 
@@ -51,7 +43,7 @@ def depthwise(x: Tensor, weight: Tensor, stride: int, top: int, left: int, oh: i
     return out
 
 
-@_operator("maxattn_nn::depthwise_backward", mutates_args=())  # type: ignore[untyped-decorator]
+@operator("maxattn_nn::depthwise_backward", mutates_args=())  # type: ignore[untyped-decorator]
 def depthwise_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, top: int, left: int, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -101,7 +93,7 @@ def _forward(x: Tensor, taps: Tensor, out: Tensor, stride: int, top: int, left: 
     (B, C, H, W), (oh, ow), kernel = x.shape, out.shape[2:], int(taps.shape[0])
     columns, channels = _block(kernel, ow)
     with on_device_of(x):
-        _launch(kernels.forward, B * _tiles(oh, ow, ROWS[stride], columns) * _cut(C, channels))(
+        launch(kernels.forward, B * _tiles(oh, ow, ROWS[stride], columns) * blocks_of(C, channels))(
             x, taps, out, H, W, C, oh, ow, top, left,
             K=kernel, STRIDE=stride, ROWS=ROWS[stride], BLOCK_W=columns, BLOCK_C=channels,
         )  # fmt: skip
@@ -113,7 +105,7 @@ def _data_gradient(dy: Tensor, taps: Tensor, dx: Tensor, top: int, left: int) ->
     columns, channels = _block(kernel, ow)
     rows, width = ((size - 1 + before) // 2 - before // 2 + 1 for size, before in ((H, top), (W, left)))
     with on_device_of(dy):
-        _launch(kernels.data_gradient, B * _tiles(rows, width, ROWS[2], columns) * _cut(C, channels))(
+        launch(kernels.data_gradient, B * _tiles(rows, width, ROWS[2], columns) * blocks_of(C, channels))(
             dy, taps, dx, H, W, C, oh, ow, top, left, K=kernel, ROWS=ROWS[2], BLOCK_W=columns, BLOCK_C=channels
         )
 
@@ -122,11 +114,11 @@ def _weight_gradient(dy: Tensor, x: Tensor, kernel: int, stride: int, top: int, 
     """`(kernel ** 2, C)` in fp32."""
     (B, C, H, W), (oh, ow), kernel = x.shape, dy.shape[2:], int(kernel)
     columns, channels = _block(kernel, ow)
-    tiles, blocks = B * _tiles(oh, ow, ROWS[stride], columns), _cut(C, channels)
+    tiles, blocks = B * _tiles(oh, ow, ROWS[stride], columns), blocks_of(C, channels)
     each, parts = _parts(tiles, blocks)
     sums = x.new_empty(parts, kernel**2, C, dtype=torch.float32)
     with on_device_of(x):
-        _launch(kernels.weight_gradient, parts * blocks)(
+        launch(kernels.weight_gradient, parts * blocks)(
             dy, x, sums, tiles, H, W, C, oh, ow, top, left, each,
             K=kernel, STRIDE=stride, ROWS=ROWS[stride], BLOCK_W=columns, BLOCK_C=channels,
         )  # fmt: skip
@@ -152,18 +144,10 @@ def _block(kernel: int, width: int) -> tuple[int, int]:
 
 def _tiles(height: int, width: int, rows: int, columns: int) -> int:
     """How many an image has."""
-    return _cut(height, rows) * _cut(width, columns)
+    return blocks_of(height, rows) * blocks_of(width, columns)
 
 
 def _parts(tiles: int, blocks: int) -> tuple[int, int]:
     """Tiles of a part, and how many parts there are, of so many blocks of channels each."""
-    each = _cut(tiles, max(1, PROGRAMS // blocks))
-    return each, _cut(tiles, each)
-
-
-def _cut(size: int, block: int) -> int:
-    return (size + block - 1) // block
-
-
-def _launch(function: Any, programs: int) -> Any:
-    return (wrap_triton(function) if COMPILED else function)[(programs,)]
+    each = blocks_of(tiles, max(1, PROGRAMS // blocks))
+    return each, blocks_of(tiles, each)

@@ -13,14 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import custom_op, triton_op, wrap_triton
-from triton.runtime.jit import JITFunction
 
 from maxattn.nn.gpu import kernels
+from maxattn.nn.gpu.launching import CHANNELS, COMPILED, PROGRAMS, blocks_of, launch, operator
 from maxattn.ops.devices import on_device_of
-
-COMPILED = isinstance(kernels.moments, JITFunction)
-_operator: Callable[..., Any] = triton_op if COMPILED else custom_op
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda z: z,
@@ -37,21 +33,18 @@ SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu_tanh": lambda dy, z: torch.ops.aten.gelu_backward(dy, z, approximate="tanh"),
 }
 """The gradient before each activation, of that after it and of what went in."""
-CHANNELS = 64
 ROWS_OF_MOMENTS, ROWS_OF_SUMS = 64, 32
 """Of a tile."""
-PROGRAMS = 1056
-"""About how many of them sum over rows: 8 on each multiprocessor of an H200."""
 
 
-@_operator("maxattn_nn::moments", mutates_args=())  # type: ignore[untyped-decorator]
+@operator("maxattn_nn::moments", mutates_args=())  # type: ignore[untyped-decorator]
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and variance over all but the channels of channels-last `x (B, C, H, W)`, `(C)` in fp32; no gradient."""
     C, M = x.shape[1], x.numel() // x.shape[1]
     rows, parts = _parts(M, C, ROWS_OF_MOMENTS)
     means, squares = (x.new_empty(parts, C, dtype=torch.float32) for _ in range(2))
     with on_device_of(x):
-        _launch(kernels.moments, parts, C)(
+        launch(kernels.moments, parts, blocks_of(C, CHANNELS))(
             x, means, squares, M, C, rows, BLOCK_M=ROWS_OF_MOMENTS, BLOCK_C=CHANNELS
         )  # fmt: skip
     counts = (M - rows * torch.arange(parts, device=x.device)).clamp(max=rows).to(torch.float32)[:, None]
@@ -59,7 +52,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (squares + counts * (means - mean) ** 2).sum(0) / M
 
 
-@_operator("maxattn_nn::batch_norm_act", mutates_args=())  # type: ignore[untyped-decorator]
+@operator("maxattn_nn::batch_norm_act", mutates_args=())  # type: ignore[untyped-decorator]
 def batch_norm_act(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
     """`act((x - mean) * rstd * weight + bias)` of channels-last `x (B, C, H, W)`, whose moments `mean` and `rstd` are.
 
@@ -69,7 +62,7 @@ def batch_norm_act(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: 
     return ACTIVATIONS[act](z).to(x.dtype)
 
 
-@_operator("maxattn_nn::batch_norm_act_backward", mutates_args=())  # type: ignore[untyped-decorator]
+@operator("maxattn_nn::batch_norm_act_backward", mutates_args=())  # type: ignore[untyped-decorator]
 def batch_norm_act_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +71,7 @@ def batch_norm_act_backward(
     rows, parts = _parts(M, C, ROWS_OF_SUMS)
     of_gradient, of_product = (x.new_empty(parts, C, dtype=torch.float32) for _ in range(2))
     with on_device_of(x):
-        _launch(kernels.sums, parts, C)(
+        launch(kernels.sums, parts, blocks_of(C, CHANNELS))(
             x, dy, mean, rstd, weight, bias, of_gradient, of_product, M, C, rows,
             ACT=act, BLOCK_M=ROWS_OF_SUMS, BLOCK_C=CHANNELS,
         )  # fmt: skip
@@ -127,14 +120,6 @@ def _each(of_channels: Tensor) -> Tensor:
 
 def _parts(M: int, C: int, rows: int) -> tuple[int, int]:
     """Rows of a part, a multiple of a tile's `rows`, and how many parts there are."""
-    wanted = max(1, PROGRAMS // _tiles(C, CHANNELS))
-    rows = rows * _tiles(_tiles(M, wanted), rows)
-    return rows, _tiles(M, rows)
-
-
-def _tiles(size: int, block: int) -> int:
-    return (size + block - 1) // block
-
-
-def _launch(function: Any, rows: int, channels: int) -> Any:
-    return (wrap_triton(function) if COMPILED else function)[(rows, _tiles(channels, CHANNELS))]
+    wanted = max(1, PROGRAMS // blocks_of(C, CHANNELS))
+    rows = rows * blocks_of(blocks_of(M, wanted), rows)
+    return rows, blocks_of(M, rows)

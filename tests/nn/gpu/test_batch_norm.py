@@ -26,12 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:Runt
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 
 
-@pytest.fixture(autouse=True)
-def kernels_serve_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    if DEVICE == "cpu":
-        monkeypatch.setattr(gpu, "DEVICES", frozenset({"cpu"}))
-
-
 def images(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*size, generator=generator).to(DEVICE, dtype)
@@ -161,8 +155,8 @@ def test_nothing_but_the_input_is_kept() -> None:
 def test_a_network_trains_as_with_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     network = maxattn.build("nano").to(DEVICE).train()
     calls: list[Any] = []
-    launch = ops._launch
-    monkeypatch.setattr(ops, "_launch", lambda *given: [calls.append(given), launch(*given)][1])
+    launch = ops.launch
+    monkeypatch.setattr(ops, "launch", lambda *given: [calls.append(given), launch(*given)][1])
     losses, statistics = [], []
     for devices in (gpu.DEVICES, frozenset[str]()):
         monkeypatch.setattr(gpu, "DEVICES", devices)

@@ -26,12 +26,6 @@ KERNELS = pytest.mark.parametrize("kernel", [3, 5, 7])
 STRIDES = pytest.mark.parametrize("stride", [1, 2])
 
 
-@pytest.fixture(autouse=True)
-def kernels_serve_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    if DEVICE == "cpu":
-        monkeypatch.setattr(gpu, "DEVICES", frozenset({"cpu"}))
-
-
 def random(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*size, generator=generator).to(DEVICE, dtype)
@@ -155,13 +149,13 @@ def test_what_is_not_a_number_stays_where_it_belongs(stride: int) -> None:
 @pytest.mark.parametrize("asked", ["x", "weight"])
 def test_only_what_needs_a_gradient_gets_one(asked: str, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
-    launch = depthwise._launch
+    launch = depthwise.launch
 
     def look(function: Any, programs: int) -> Any:
         launched.append(function.fn.__name__)
         return launch(function, programs)
 
-    monkeypatch.setattr(depthwise, "_launch", look)
+    monkeypatch.setattr(depthwise, "launch", look)
     x, weight = random(1, 8, 4, 4), random(8, 1, 3, 3, seed=1)
     {"x": x, "weight": weight}[asked].requires_grad_()
     depthwise.convolve(x, weight, stride, same(x, 3, stride)).sum().backward()

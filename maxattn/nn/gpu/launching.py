@@ -1,0 +1,33 @@
+"""How the operators for training launch their kernels, and share work among programs. Importing this imports Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+from torch.library import custom_op, triton_op, wrap_triton
+
+COMPILED = not triton.knobs.runtime.interpret
+operator: Callable[..., Any] = triton_op if COMPILED else custom_op
+"""A compiler sees what a `triton_op` is made of. Interpreted kernels are none that it could launch."""
+
+CHANNELS = 64
+"""Of a tile."""
+PROGRAMS = 1056
+"""About how many of them sum over pixels: 8 on each multiprocessor of an H200."""
+
+
+def launch(function: Any, *grid: int) -> Any:
+    """What to call with a kernel's arguments, for a grid of so many programs."""
+    return (wrap_triton(function) if COMPILED else function)[grid]
+
+
+def blocks_of(size: int, block: int) -> int:
+    """How many blocks hold so many.
+
+    Example:
+        >>> blocks_of(64, 32), blocks_of(65, 32)
+        (2, 3)
+    """
+    return (size + block - 1) // block
