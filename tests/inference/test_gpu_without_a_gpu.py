@@ -106,10 +106,17 @@ def test_channels_whose_loads_would_be_narrow_are_not_fused() -> None:
     assert [C for C in (16, 24, 64, 72, 120, 128, 144) if gpu.is_narrow(C)] == [16, 64, 128]
 
 
-@pytest.mark.parametrize("columns", [16, 24, 64, 96, 192, 3072])
+@pytest.mark.parametrize("columns", [16, 24, 64, 96, 192, 384, 3072])
 @pytest.mark.parametrize("depth", [16, 64, 96, 256])
 def test_tiles_have_sides_that_a_kernel_takes(depth: int, columns: int) -> None:
     tiles = [launches.pointwise(rows, columns, depth, gated) for rows in (10**6, 49) for gated in (False, True)]
     for tile in tiles:
         assert all(side >= 16 and side & (side - 1) == 0 for side in tile[:3])
         assert depth % 32 or depth % tile.depth == 0
+        assert tile.shared <= launches.SHARED
+
+
+@pytest.mark.parametrize("columns", [64, 96, 192, 384, 512, 768])
+def test_a_chip_with_less_shared_memory_has_smaller_tiles(columns: int) -> None:
+    least = 99 * 1024
+    assert launches.pointwise(10**6, columns, 768, True, least).shared <= least

@@ -18,6 +18,11 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that its stages of 16 bits take."""
+        return 2 * self.stages * (self.rows + self.columns) * self.depth
+
 
 class Rows(NamedTuple):
     """Of a pass over `(rows, channels)`: rows and channels of a tile, and warps."""
@@ -47,22 +52,28 @@ GATHERED_CHANNELS = 128
 ALIGNED = 16
 """Rows are held of multiples of so many channels: of others loads are narrow, and registers spill."""
 
+SHARED = 227 * 1024
+"""Bytes of shared memory that a program can have on an H200."""
+
 LIBRARY = frozenset({"none", "relu", "gelu_tanh"})
 """Activations that cuBLASLt applies to a product with nothing else around it, faster than we; the GELU of
 `torch._addmm_activation` is the one with tanh on a GPU, the exact one on a CPU."""
 
 
-def pointwise(rows: int, columns: int, depth: int, gated: bool) -> Tile:
-    """For a product of `(rows, depth)`, gated or not, and `(depth, columns)`."""
+def pointwise(rows: int, columns: int, depth: int, gated: bool, shared: int = SHARED) -> Tile:
+    """For a product of `(rows, depth)`, gated or not, and `(depth, columns)`, on a GPU with so much shared memory."""
     block_k = 64 if depth % 64 == 0 else 32
     wide = 64 if columns % 128 == 64 else block_of(columns, 16, 128)
     if rows <= 64 * 132:  # few tiles: smaller ones, so that every multiprocessor has one
         return Tile(64, min(wide, 64), block_k, 4, 4)
     if depth <= 128 and columns > depth:  # little to load for what is written
         return Tile(128, wide, 32, 4, 4)
-    if gated and columns <= 256:  # what is gated passes through registers, of which a thread has more then
-        return Tile(128, wide, block_k, 4, 3)
-    return Tile(128, wide, block_k, 8 if wide == 128 else 4, 3)
+    if not gated:
+        return Tile(128, wide, block_k, 8 if wide == 128 else 4, 3)
+    wider = Tile(128, 256, block_k, 8, 3)
+    if (columns % 256 == 0 or 128 < columns < 256) and wider.shared <= shared:  # what is loaded is gated once
+        return wider
+    return Tile(128, wide, block_k, 4, 3)  # it passes through registers, of which a thread has more then
 
 
 def convolution(channels: int, columns: int) -> Tile:

@@ -38,7 +38,7 @@ def pointwise(
     x, weight = x.contiguous(), weight.contiguous()
     (N, K), pixels = weight.shape, 1 if gate is None else x[0, ..., 0].numel()
     M = x.numel() // K
-    tile = launches.pointwise(M, N, K, gate is not None)
+    tile = launches.pointwise(M, N, K, gate is not None, _shared_memory(x))
     with on_device_of(x):
         _launch(pointwise_kernel.pointwise, _tiles(M, tile.rows) * _tiles(N, tile.columns))(
             x, weight, _or(bias, x), _or(gate, x), _or(residual, x), out, M, N, K, pixels,
@@ -203,6 +203,14 @@ def _cut(out: Tensor) -> tuple[launches.Strip, int, int]:
     _, out_H, out_W, C = out.shape
     strip = launches.depthwise(out_H, out_W, C)
     return strip, _tiles(out_H, strip.rows), _tiles(out_W, strip.columns)
+
+
+def _shared_memory(x: Tensor) -> int:
+    """Bytes that a program can have where x is; for tensors without a GPU, as on an H200."""
+    if not (x.is_cuda and torch.cuda.is_initialized()):
+        return launches.SHARED
+    bytes_: int = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return bytes_
 
 
 def _tiles(size: int, block: int) -> int:

@@ -96,8 +96,8 @@ def batch_norm_act(norm: nn.BatchNorm2d, act: nn.Module, x: Tensor) -> Tensor:
     from maxattn.nn.gpu import ops
     from maxattn.ops.tracing import in_ddp
 
-    mean, var = ops.moments(x.detach())
-    inputs = (x, mean, torch.rsqrt(var + norm.eps), norm.weight, norm.bias, name_of(act))
+    mean, var, rstd, scale = ops.moments(x.detach(), norm.weight.detach(), norm.eps)
+    inputs = (x, mean, rstd, scale, norm.weight, norm.bias, name_of(act))
     if torch.compiler.is_compiling() and not in_ddp():
         y = checkpoint(ops.batch_norm_act, *inputs, use_reentrant=False, preserve_rng_state=False)
     else:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+from maxattn.nn.gpu.arithmetic import rounded
 
 
 @triton.jit
@@ -153,13 +153,3 @@ def store(image, value, y, column, channel, H, W, C):
     inside = (channel < C)[None, :] & (column >= 0)[:, None] & (column < width)[:, None]
     at = image + y.to(tl.int64) * W * C + (column[:, None] * C + channel[None, :])
     tl.store(at, rounded(value, image.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """fp32 in `dtype`. A GPU rounds to the nearest; the interpreter would cut bits of bfloat16 off."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        x = ((bits >> 16) << 16).to(tl.float32, bitcast=True)
-    return x.to(dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+from maxattn.nn.gpu.arithmetic import rounded, sigmoid
 
 
 @triton.jit
@@ -32,17 +32,6 @@ def before(dy, x, ACT: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(x):
-    """Good to two units in the last place of fp32. A division would take more instructions than all the rest."""
-    denominator = 1.0 + tl.exp(-x)
-    if INTERPRETED:
-        return 1.0 / denominator
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def moments(x, means, squares, M, C, ROWS, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """`means, squares (parts, C)` of ROWS rows of `x (M, C)` each: the mean, and the sum of squared distances from it.
 
@@ -55,12 +44,12 @@ def moments(x, means, squares, M, C, ROWS, BLOCK_M: tl.constexpr, BLOCK_C: tl.co
     row = tl.arange(0, BLOCK_M)
     inside, at = (row < rows)[:, None] & exists[None, :], row[:, None] * C + channel[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    shift = (tl.sum(value, 0) / tl.minimum(rows, BLOCK_M)).to(x.dtype.element_ty).to(tl.float32)
+    nearby = rounded(tl.sum(value, 0) / tl.minimum(rows, BLOCK_M), x.dtype.element_ty)
+    shift = nearby.to(tl.float32)
     total, square = tl.zeros((BLOCK_M, BLOCK_C), tl.float32), tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, rows, BLOCK_M):
         inside = (start + row < rows)[:, None] & exists[None, :]
-        value = tl.load(x + start * C + at, mask=inside, other=0.0).to(tl.float32)
-        distance = tl.where(inside, value - shift[None, :], 0.0)
+        distance = tl.load(x + start * C + at, mask=inside, other=nearby[None, :]).to(tl.float32) - shift[None, :]
         total += distance
         square += distance * distance
     sums = tl.sum(total, 0)
@@ -71,27 +60,76 @@ def moments(x, means, squares, M, C, ROWS, BLOCK_M: tl.constexpr, BLOCK_C: tl.co
 
 
 @triton.jit
+def merge_moments(
+    means, squares, weight, mean, var, rstd, scale, eps, parts, M, C, ROWS, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """The moments of all parts, `mean, var, rstd (C)`, and `scale (C)`, rstd times weight (Chan et al., 1979)."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    exists, part = channel < C, tl.arange(0, BLOCK_P)
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        share = tl.minimum(M - (start + part) * ROWS, ROWS)[:, None].to(tl.float32) / M
+        at, inside = (start + part)[:, None] * C + channel[None, :], (start + part < parts)[:, None] & exists[None, :]
+        total += tl.load(means + at, mask=inside, other=0.0) * share
+    centre = tl.sum(total, 0)
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        rows = tl.minimum(M - (start + part) * ROWS, ROWS)[:, None].to(tl.float32)
+        at, inside = (start + part)[:, None] * C + channel[None, :], (start + part < parts)[:, None] & exists[None, :]
+        distance = tl.load(means + at, mask=inside, other=0.0) - centre[None, :]
+        total += tl.where(inside, tl.load(squares + at, mask=inside, other=0.0) + rows * distance * distance, 0.0)
+    variance = tl.sum(total, 0) / M
+    deviation = tl.rsqrt(variance + tl.full((), eps, tl.float32))  # a compiler passes Python's floats in fp64
+    tl.store(mean + channel, centre, mask=exists)
+    tl.store(var + channel, variance, mask=exists)
+    tl.store(rstd + channel, deviation, mask=exists)
+    w = tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
+    tl.store(scale + channel, deviation * w, mask=exists)
+
+
+@triton.jit
 def sums(
-    x, dy, mean, rstd, weight, bias, of_gradient, of_product, M, C, ROWS,
+    x, dy, mean, scale, bias, of_gradient, of_product, M, C, ROWS,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """`of_gradient, of_product (parts, C)`: sums of g, the gradient before the activation, and of g times normal x."""
+    """`of_gradient, of_product (parts, C)`: sums of g, the gradient before the activation, and of `g (x - mean)`."""
     part, channel = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists, rows = channel < C, tl.minimum(ROWS, M - part * ROWS)
     x += part.to(tl.int64) * ROWS * C
     dy += part.to(tl.int64) * ROWS * C
-    deviation = tl.load(rstd + channel, mask=exists, other=0.0)[None, :]
     centre = tl.load(mean + channel, mask=exists, other=0.0)[None, :]
-    w = tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+    factor = tl.load(scale + channel, mask=exists, other=0.0)[None, :]
     b = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
     alone, product = tl.zeros((BLOCK_M, BLOCK_C), tl.float32), tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     row = tl.arange(0, BLOCK_M)
     at = row[:, None] * C + channel[None, :]
     for start in range(0, rows, BLOCK_M):
         inside = (start + row < rows)[:, None] & exists[None, :]
-        normal = (tl.load(x + start * C + at, mask=inside, other=0.0).to(tl.float32) - centre) * deviation
-        g = before(tl.load(dy + start * C + at, mask=inside, other=0.0).to(tl.float32), normal * w + b, ACT)
+        distance = tl.load(x + start * C + at, mask=inside, other=0.0).to(tl.float32) - centre
+        g = before(tl.load(dy + start * C + at, mask=inside, other=0.0).to(tl.float32), distance * factor + b, ACT)
         alone += g
-        product += g * normal
+        product += g * distance
     tl.store(of_gradient + part * C + channel, tl.sum(alone, 0), mask=exists)
     tl.store(of_product + part * C + channel, tl.sum(product, 0), mask=exists)
+
+
+@triton.jit
+def merge_sums(
+    of_gradient, of_product, rstd, scale, dweight, dbias, along_x, along_1, parts, M, C,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """`dweight, dbias (C)`, and with them `dx = scale g - along_1 - (x - mean) along_x`."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    exists, part = channel < C, tl.arange(0, BLOCK_P)
+    alone, product = tl.zeros((BLOCK_P, BLOCK_C), tl.float32), tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        at, inside = (start + part)[:, None] * C + channel[None, :], (start + part < parts)[:, None] & exists[None, :]
+        alone += tl.load(of_gradient + at, mask=inside, other=0.0)
+        product += tl.load(of_product + at, mask=inside, other=0.0)
+    deviation = tl.load(rstd + channel, mask=exists, other=0.0)
+    factor = tl.load(scale + channel, mask=exists, other=0.0)
+    of_weight, of_bias = tl.sum(product, 0) * deviation, tl.sum(alone, 0)
+    tl.store(dweight + channel, of_weight, mask=exists)
+    tl.store(dbias + channel, of_bias, mask=exists)
+    tl.store(along_x + channel, factor * deviation * (of_weight / M), mask=exists)
+    tl.store(along_1 + channel, factor * (of_bias / M), mask=exists)

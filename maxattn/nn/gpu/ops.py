@@ -18,67 +18,91 @@ from maxattn.nn.gpu import kernels
 from maxattn.nn.gpu.launching import CHANNELS, COMPILED, PROGRAMS, blocks_of, launch, operator
 from maxattn.ops.devices import on_device_of
 
+TWICE, CUBIC = 1.5957691216057308, 0.044715
+"""GELU with tanh is `x sigmoid(2 u)`, `u = sqrt(2 / pi) (x + 0.044715 x^3)`: twice the root, and the cube's factor."""
+
+
+def _gelu_tanh(z: Tensor) -> Tensor:
+    return z * torch.sigmoid(TWICE * z * (1 + CUBIC * z * z))
+
+
+def _gelu_tanh_backward(dy: Tensor, z: Tensor) -> Tensor:
+    s = torch.sigmoid(TWICE * z * (1 + CUBIC * z * z))
+    return dy * (s + z * s * (1 - s) * (TWICE * (1 + 3 * CUBIC * z * z)))
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda z: z,
     "relu": F.relu,
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "gelu_tanh": _gelu_tanh,
 }
 SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda dy, z: dy,
     "relu": lambda dy, z: torch.ops.aten.threshold_backward(dy, z, 0),
     "silu": torch.ops.aten.silu_backward,
     "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": lambda dy, z: torch.ops.aten.gelu_backward(dy, z, approximate="tanh"),
+    "gelu_tanh": _gelu_tanh_backward,
 }
 """The gradient before each activation, of that after it and of what went in."""
 ROWS_OF_MOMENTS, ROWS_OF_SUMS = 64, 32
 """Of a tile."""
+MERGED = {"BLOCK_P": 256, "BLOCK_C": 16}
+"""Parts and channels of a tile where the sums of parts are added up."""
 
 
 @operator("maxattn_nn::moments", mutates_args=())  # type: ignore[untyped-decorator]
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and variance over all but the channels of channels-last `x (B, C, H, W)`, `(C)` in fp32; no gradient."""
+def moments(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Over all but the channels of channels-last `x (B, C, H, W)`: mean, variance, `1 / sqrt(variance + eps)` and that
+    times `weight (C)`; each `(C)` in fp32, without a gradient.
+    """
     C, M = x.shape[1], x.numel() // x.shape[1]
     rows, parts = _parts(M, C, ROWS_OF_MOMENTS)
-    means, squares = (x.new_empty(parts, C, dtype=torch.float32) for _ in range(2))
+    means, squares = (_of_channels(x, parts) for _ in range(2))
+    mean, var, rstd, scale = (_of_channels(x) for _ in range(4))
     with on_device_of(x):
         launch(kernels.moments, parts, blocks_of(C, CHANNELS))(
             x, means, squares, M, C, rows, BLOCK_M=ROWS_OF_MOMENTS, BLOCK_C=CHANNELS
         )  # fmt: skip
-    counts = (M - rows * torch.arange(parts, device=x.device)).clamp(max=rows).to(torch.float32)[:, None]
-    mean = (means * (counts / M)).sum(0)
-    return mean, (squares + counts * (means - mean) ** 2).sum(0) / M
+        launch(kernels.merge_moments, blocks_of(C, MERGED["BLOCK_C"]))(
+            means, squares, weight, mean, var, rstd, scale, eps, parts, M, C, rows, **MERGED
+        )  # fmt: skip
+    return mean, var, rstd, scale
 
 
 @operator("maxattn_nn::batch_norm_act", mutates_args=())  # type: ignore[untyped-decorator]
-def batch_norm_act(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
-    """`act((x - mean) * rstd * weight + bias)` of channels-last `x (B, C, H, W)`, whose moments `mean` and `rstd` are.
+def batch_norm_act(
+    x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, act: str
+) -> Tensor:
+    """`act((x - mean) * scale + bias)` of channels-last `x (B, C, H, W)`, the rest `(C)`; its moments are x's.
 
-    The gradient of x is that of a batch norm: it goes through the moments too.
+    `scale` is `rstd * weight`, and its gradient goes to weight. That of x goes through the moments too.
     """
-    z = (x.float() - _each(mean)) * _each(rstd * weight) + _each(bias)
+    z = (x.float() - _each(mean)) * _each(scale) + _each(bias)
     return ACTIVATIONS[act](z).to(x.dtype)
 
 
 @operator("maxattn_nn::batch_norm_act_backward", mutates_args=())  # type: ignore[untyped-decorator]
 def batch_norm_act_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, act: str
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, bias: Tensor, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of x, like x, and those of weight and bias, `(C)` in fp32, from `dy (B, C, H, W)` of the output."""
     dy, C, M = dy.contiguous(memory_format=torch.channels_last), x.shape[1], x.numel() // x.shape[1]
     rows, parts = _parts(M, C, ROWS_OF_SUMS)
-    of_gradient, of_product = (x.new_empty(parts, C, dtype=torch.float32) for _ in range(2))
+    of_gradient, of_product = (_of_channels(x, parts) for _ in range(2))
+    dweight, dbias, along_x, along_1 = (_of_channels(x) for _ in range(4))
     with on_device_of(x):
         launch(kernels.sums, parts, blocks_of(C, CHANNELS))(
-            x, dy, mean, rstd, weight, bias, of_gradient, of_product, M, C, rows,
+            x, dy, mean, scale, bias, of_gradient, of_product, M, C, rows,
             ACT=act, BLOCK_M=ROWS_OF_SUMS, BLOCK_C=CHANNELS,
         )  # fmt: skip
-    dbias, dweight = of_gradient.sum(0), of_product.sum(0)
-    normal = (x.float() - _each(mean)) * _each(rstd)
-    g = SLOPES[act](dy.float(), normal * _each(weight) + _each(bias))
-    dx = _each(weight * rstd) * (g - _each(dbias / M) - normal * _each(dweight / M))
+        launch(kernels.merge_sums, blocks_of(C, MERGED["BLOCK_C"]))(
+            of_gradient, of_product, rstd, scale, dweight, dbias, along_x, along_1, parts, M, C, **MERGED
+        )  # fmt: skip
+    distance = x.float() - _each(mean)  # as forward, so that a compiler that computes both does it once
+    g = SLOPES[act](dy.float(), distance * _each(scale) + _each(bias))
+    dx = _each(scale) * g - _each(along_1) - distance * _each(along_x)
     return dx.to(x.dtype), dweight, dbias
 
 
@@ -88,9 +112,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    weight, bias = ctx.saved_tensors[3:]
-    dx, dweight, dbias = batch_norm_act_backward(dy, *ctx.saved_tensors, ctx.act)
-    of_each = (dx, None, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None)
+    x, mean, rstd, scale, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = batch_norm_act_backward(dy, x, mean, rstd, scale, bias, ctx.act)
+    of_each = (dx, None, None, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None)
     return tuple(one if asked else None for one, asked in zip(of_each, ctx.needs_input_grad, strict=True))
 
 
@@ -99,9 +123,8 @@ batch_norm_act.register_autograd(_backward, setup_context=_keep)
 if not COMPILED:
 
     @moments.register_fake  # type: ignore[untyped-decorator]
-    def _(x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-        return mean, var
+    def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+        return tuple(_of_channels(x) for _ in range(4))
 
     @batch_norm_act.register_fake  # type: ignore[untyped-decorator]
     def _(x: Tensor, *_: Any) -> Tensor:
@@ -109,13 +132,17 @@ if not COMPILED:
 
     @batch_norm_act_backward.register_fake  # type: ignore[untyped-decorator]
     def _(dy: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        dweight, dbias = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-        return torch.empty_like(x), dweight, dbias
+        return torch.empty_like(x), _of_channels(x), _of_channels(x)
 
 
 def _each(of_channels: Tensor) -> Tensor:
     """`(C, 1, 1)`, for each pixel of an image."""
     return of_channels[:, None, None]
+
+
+def _of_channels(x: Tensor, *parts: int) -> Tensor:
+    """`(*parts, C)` of fp32, to be filled."""
+    return x.new_empty(*parts, x.shape[1], dtype=torch.float32)
 
 
 def _parts(M: int, C: int, rows: int) -> tuple[int, int]:

@@ -175,7 +175,7 @@ def test_a_network_trains_as_with_plain_pytorch(monkeypatch: pytest.MonkeyPatch)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     torch.testing.assert_close(*statistics, rtol=1e-3, atol=1e-3)
     if not ops.COMPILED:  # else a compiler launches the kernels itself
-        assert len(calls) == 3 * 2 * sum(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+        assert len(calls) == 3 * 4 * sum(isinstance(m, nn.BatchNorm2d) for m in network.modules())
 
 
 @pytest.mark.parametrize("selective", [False, True])
@@ -259,6 +259,7 @@ def test_what_it_does_not_serve_is_left_to_pytorch(monkeypatch: pytest.MonkeyPat
 def test_are_operators(act: str) -> None:
     x = images(2, 8, 3, 5)
     weight, bias = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
-    opcheck(ops.moments, (x,))
-    opcheck(ops.batch_norm_act, (x.clone().requires_grad_(), bias, weight, weight.clone().requires_grad_(), bias, act))
+    opcheck(ops.moments, (x, weight, 1e-3))
+    given = (x.clone().requires_grad_(), bias, weight, weight, weight.clone().requires_grad_(), bias, act)
+    opcheck(ops.batch_norm_act, given)
     opcheck(ops.batch_norm_act_backward, (x, x, bias, weight, weight, bias, act))

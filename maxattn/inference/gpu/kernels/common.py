@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+from maxattn.nn.gpu.arithmetic import INTERPRETED, rounded, sigmoid
 
 
 @triton.jit
@@ -24,17 +24,6 @@ def activate(x, ACT: tl.constexpr):
     else:
         tl.static_assert(ACT == "none", "unknown activation")
     return x
-
-
-@triton.jit
-def sigmoid(x):
-    """Good to two units in the last place of fp32. A division would take more instructions than all the rest."""
-    denominator = 1.0 + tl.exp(-x)
-    if INTERPRETED:
-        return 1.0 / denominator
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=tl.float32, is_pure=True, pack=1
-    )
 
 
 @triton.jit
@@ -62,13 +51,9 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """fp32 in `dtype`. A GPU rounds to the nearest; the interpreter would cut bits of bfloat16 off."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        x = ((bits >> 16) << 16).to(tl.float32, bitcast=True)
-    return x.to(dtype)
+def gated(a, gate):
+    """a times gate, both of one dtype. The interpreter has no products of bfloat16."""
+    return rounded(a.to(tl.float32) * gate.to(tl.float32), a.dtype) if INTERPRETED else a * gate
 
 
 @triton.jit

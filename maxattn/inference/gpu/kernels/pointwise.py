@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maxattn.inference.gpu.kernels.common import activate, dot, rounded, tile_of
+from maxattn.inference.gpu.kernels.common import activate, dot, gated, tile_of
+from maxattn.nn.gpu.arithmetic import rounded
 
 
 @triton.jit
@@ -43,12 +44,12 @@ def pointwise(
         w = tl.load(weight + weight_at + start, mask=inside, other=0.0)
         if GATED:
             if SPANNED:
-                g0 = tl.load(gate + start + k[None, :], mask=inside, other=0.0).to(tl.float32)
-                g1 = tl.load(gate + last_image * K + start + k[None, :], mask=inside, other=0.0).to(tl.float32)
+                g0 = tl.load(gate + start + k[None, :], mask=inside, other=0.0)
+                g1 = tl.load(gate + last_image * K + start + k[None, :], mask=inside, other=0.0)
                 g = tl.where(row_image[:, None] == 0, g0, g1)
             else:
-                g = tl.load(gate + row_image[:, None] * K + start + k[None, :], mask=inside, other=0.0).to(tl.float32)
-            a = rounded(a.to(tl.float32) * g, a.dtype)
+                g = tl.load(gate + row_image[:, None] * K + start + k[None, :], mask=inside, other=0.0)
+            a = gated(a, g)
         acc = dot(a, tl.trans(w), acc)
 
     exists = column < columns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maxattn.inference.gpu.kernels.common import rounded
+from maxattn.nn.gpu.arithmetic import rounded
 
 
 @triton.jit
