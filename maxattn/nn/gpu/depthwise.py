@@ -126,9 +126,11 @@ def _weight_gradient(dy: Tensor, x: Tensor, kernel: int, stride: int, top: int, 
 
 
 def _images(x: Tensor, height: int, width: int) -> Tensor:
-    """As many channels-last images as x has, of another size, not yet computed."""
-    size = (x.shape[0], x.shape[1], height, width)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    """As many channels-last images as x has, of another size, not yet computed.
+
+    Said without a memory format, for which a compiler would fill them with zeros.
+    """
+    return x.new_empty(x.shape[0], height, width, x.shape[1]).permute(0, 3, 1, 2)
 
 
 def _taps(weight: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def merge_moments(
 @triton.jit
 def sums(
     x, dy, mean, scale, bias, of_gradient, of_product, M, C, ROWS,
-    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`of_gradient, of_product (parts, C)`: sums of g, the gradient before the activation, and of `g (x - mean)`."""
     part, channel = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -103,7 +103,7 @@ def sums(
     alone, product = tl.zeros((BLOCK_M, BLOCK_C), tl.float32), tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     row = tl.arange(0, BLOCK_M)
     at = row[:, None] * C + channel[None, :]
-    for start in range(0, rows, BLOCK_M):
+    for start in tl.range(0, rows, BLOCK_M, num_stages=STAGES):
         inside = (start + row < rows)[:, None] & exists[None, :]
         distance = tl.load(x + start * C + at, mask=inside, other=0.0).to(tl.float32) - centre
         g = before(tl.load(dy + start * C + at, mask=inside, other=0.0).to(tl.float32), distance * factor + b, ACT)

@@ -95,7 +95,7 @@ def batch_norm_act_backward(
     with on_device_of(x):
         launch(kernels.sums, parts, blocks_of(C, CHANNELS))(
             x, dy, mean, scale, bias, of_gradient, of_product, M, C, rows,
-            ACT=act, BLOCK_M=ROWS_OF_SUMS, BLOCK_C=CHANNELS,
+            ACT=act, BLOCK_M=ROWS_OF_SUMS, BLOCK_C=CHANNELS, STAGES=3,
         )  # fmt: skip
         launch(kernels.merge_sums, blocks_of(C, MERGED["BLOCK_C"]))(
             of_gradient, of_product, rstd, scale, dweight, dbias, along_x, along_1, parts, M, C, **MERGED

@@ -200,8 +200,9 @@ def test_a_compilers_graph_holds_both_operators(selective: bool) -> None:
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     called = [str(node.target) for node in graphs[-1].graph.nodes]
     if ops.COMPILED:
-        of_depthwise = 2
-        assert sum("triton_kernel_wrapper" in target for target in called) == of_depthwise + (6 if selective else 3)
+        of_depthwise, of_moments, of_sums = 2, 3 * 2, 3 * 2
+        again = sum("triton_kernel_wrapper" in target for target in called) - of_depthwise - of_sums
+        assert again in ((0, of_moments) if selective else (0,))  # some compilers keep the moments
     else:
         forward, backward = (sum(f"{name}.default" in target for target in called) for name in OPERATORS)
         assert (forward, backward) == (3 if selective else 0, 3)
