@@ -101,7 +101,18 @@ def on_gpu(call: Call) -> Sampler:
     return sample
 
 
-def captured(call: Call) -> Call:
+@dataclass(frozen=True)
+class Recording:
+    """A call as a CUDA graph. The graph reads where the call's tensors were, and so they are kept."""
+
+    graph: torch.cuda.CUDAGraph
+    call: Call
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def captured(call: Call) -> Recording:
     """The call as the replay of a CUDA graph, which takes no time of Python."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -112,7 +123,7 @@ def captured(call: Call) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+    return Recording(graph, call)
 
 
 def seconds(call: Call, device: str, calls: int = 1) -> float:

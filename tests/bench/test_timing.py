@@ -12,7 +12,7 @@ import torch
 
 from maxattn.bench.compare import ALONE, Candidate, NotMeasured, Span, compare, silent
 from maxattn.bench.results import Row, Time
-from maxattn.bench.timing import Call, Effort, fastest_convolutions, interleaved, peak_mib, wall_clock
+from maxattn.bench.timing import Call, Effort, Recording, fastest_convolutions, interleaved, peak_mib, wall_clock
 
 TWO_ROUNDS = Effort(least=2, most=2, sample=0)
 
@@ -46,6 +46,22 @@ def test_rounds_end_when_their_time_is_over() -> None:
         return 1.0
 
     assert interleaved({"a": sampler}, Effort(seconds=0.05, least=1, most=10_000))["a"].samples < 10
+
+
+def test_what_a_graph_reads_is_kept_with_it() -> None:
+    class Graph:
+        replays = 0
+
+        def replay(self) -> None:
+            self.replays += 1
+
+    inputs, graph = torch.ones(2), Graph()
+    there = weakref.ref(inputs)
+    recording = Recording(graph, partial(torch.neg, inputs))  # type: ignore[arg-type]
+    del inputs
+    recording()
+    assert graph.replays == 1
+    assert there() is not None
 
 
 def test_a_short_call_is_repeated_within_a_sample() -> None:
