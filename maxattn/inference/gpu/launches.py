@@ -70,10 +70,16 @@ def pointwise(rows: int, columns: int, depth: int, gated: bool, shared: int = SH
         return Tile(128, wide, 32, 4, 4)
     if not gated:
         return Tile(128, wide, block_k, 8 if wide == 128 else 4, 3)
-    wider = Tile(128, 256, block_k, 8, 3)
-    if (columns % 256 == 0 or 128 < columns < 256) and wider.shared <= shared:  # what is loaded is gated once
-        return wider
-    return Tile(128, wide, block_k, 4, 3)  # it passes through registers, of which a thread has more then
+    small = Tile(128, wide, block_k, 4, 3)  # what is gated passes through registers, of which a thread has more then
+    large = _large(columns, block_k)
+    return large if large and large.shared <= shared else small
+
+
+def _large(columns: int, block_k: int) -> Tile | None:
+    """A tile of whose loads more use is made, where it fits the columns."""
+    if 64 < columns <= 128:
+        return Tile(256, 128, block_k, 8, 3)
+    return Tile(128, 256, block_k, 8, 3) if 128 < columns < 256 or columns % 256 == 0 else None
 
 
 def convolution(channels: int, columns: int) -> Tile:
