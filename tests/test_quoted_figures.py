@@ -109,10 +109,12 @@ def test_the_guide_quotes_how_fast_networks_are() -> None:
     tiny, base, large = (rows_of("nvidia-h200", "model", img_size=size) for size in (224, 384, 512))
     step = rows_of("nvidia-h200", "train")
     mib = {row.candidate: row.mib for row in step if row.mib is not None}
-    some, whole = (
-        mib[f"maxattn, {ours}"] / mib[f"timm, channels-last, {mode}"]
-        for ours, mode in (("selective, recorded", "recorded"), ("compiled", "compiled"))
-    )
+
+    def share(ours: str, mode: str) -> str:
+        return f"{mib[f'maxattn, {ours}{mode}'] / mib[f'timm, channels-last, {mode}']:.2f}"
+
+    graphless = times_as_fast(step, "compiled", "timm")
+    selective = times_as_fast([row for row in step if row.candidate != "maxattn, recorded"], "recorded", "timm")
     one, eight = (rows_of("amd-epyc-2-cores", "model", img_size=224, dtype="float32", batch=n) for n in (1, 8))
     others = [
         [
@@ -140,9 +142,10 @@ def test_the_guide_quotes_how_fast_networks_are() -> None:
         f"Swin-T of timm | {against(1, times_as_fast(tiny, 'compiled', 'swin_tiny_patch4_window7_224'))}",
         f"MaxViT-B at 384, the same, as timm | {against(2.5, times_as_fast(base, 'compiled', 'timm'))}",
         f"MaxViT-T at 512, the same | {against(2.5, times_as_fast(large, 'compiled', 'timm'))}",
-        f"batch 128: times as fast as timm | {against(1.6, times_as_fast(step, 'compiled', 'timm'))}",
-        f"CUDA graphs, with selective checkpointing | 1.6 | {times_as_fast(step, 'recorded', 'timm')}, missed |",
-        f"| 0.6 | {some:.2f} as CUDA graphs with selective checkpointing; compiled without {whole:.2f}, missed |",
+        f"batch 128: times as fast as timm, the same | {against(1.6, times_as_fast(step, 'recorded', 'timm'))}",
+        f"its peak memory, as a share of timm's | 0.6 | {share('', 'recorded')} |",
+        f"compiled without them | 1.6, 0.6 | {graphless}, {share('', 'compiled')}, missed |",
+        f"selective checkpointing | - | {selective}, {share('selective, ', 'recorded')} |",
         f"batch 1: eager, compiled | 1.5 | {', '.join(on_cpu[0])}, missed compiled |",
         f"| batch 8 | 1.5 | {', '.join(on_cpu[1])}, missed compiled |",
         f"| in bf16, eager, batches 1 and 8 | - | {', '.join(others[0])} |",
@@ -155,19 +158,45 @@ def test_the_guide_quotes_how_fast_networks_are() -> None:
     assert_quoted(quoted, "docs/guide/performance.md")
 
 
-MEASURED = {"triton": backend.MEASURED, "flex": flex.MEASURED, "xformers": xformers.MEASURED}
-WITHOUT_BIAS = MEASURED | {"flash_attn": flash_attn.MEASURED}
+def test_the_guide_quotes_what_a_training_step_spends() -> None:
+    ms = result("nvidia-h200", "train").settings
+    pixels = 128 * 112 * 112 * 256
+    quoted = [
+        f"of {ms['kernels_before_ms']:.0f} ms that its kernels took",
+        f"took {ms['norms_before_ms']}, cuDNN's depthwise convolutions {ms['depthwise_before_ms']}",
+        f"A step's kernels take {ms['kernels_ms']:.0f} ms",
+        f"take {ms['input_gradient_ms']} ms where cuDNN's take {ms['input_gradient_by_cudnn_ms']}",
+        f"at {ms['input_gradient_tb_per_s']} TB/s",
+        f"take {ms['sums_ms']} ms there, at {2 * pixels * 2 / float(ms['sums_ms']) / 1e9:.1f} TB/s",
+        f"takes {ms['largest_pass_ms']} ms, at {4 * pixels * 2 / float(ms['largest_pass_ms']) / 1e9:.1f} TB/s",
+    ]
+    text = " ".join((REPOSITORY / "docs" / "guide" / "performance.md").read_text("utf-8").split())
+    assert not [one for one in quoted if one not in text], quoted
+
+
+MEASURED = {
+    "triton": backend.MEASURED,
+    "flex": flex.MEASURED,
+    "xformers": xformers.MEASURED,
+    "flash_attn": flash_attn.MEASURED,
+}
+LIFTED = 224
+"""Tokens up to which a bias fits flash-attn's head dims beside 32 channels."""
 TOKENS = {"up to 49": 7, "to 64": 8, "to 144": 12, "to 256": 16, "more": 28}
+
+
+def problem_of(window: int, bias: str, what: str) -> Problem:
+    return Problem(
+        axis="block", window=(window, window), batch=1, height=window, width=window, heads=1, head_dim=32,
+        bias=torch.float32 if bias == "float32" else None, requires_grad=what == "training",
+    )  # fmt: skip
 
 
 def automatic_order(window: int, bias: str, what: str) -> list[str]:
     """The backends for a GPU, the one that is chosen first."""
-    problem = Problem(
-        axis="block", window=(window, window), batch=1, height=window, width=window, heads=1, head_dim=32,
-        bias=torch.float32 if bias == "float32" else None, requires_grad=what == "training",
-    )  # fmt: skip
-    tables = MEASURED if problem.bias else WITHOUT_BIAS
-    speeds = {"sdpa": 1.0} | {name: table.of(problem) for name, table in tables.items()}
+    problem = problem_of(window, bias, what)
+    able = {name for name in MEASURED if name != "flash_attn" or problem.bias is None or problem.tokens <= LIFTED}
+    speeds = {"sdpa": 1.0} | {name: MEASURED[name].of(problem) for name in able}
     return sorted(speeds, key=lambda name: -speeds[name])
 
 
@@ -177,6 +206,21 @@ def automatic_order(window: int, bias: str, what: str) -> list[str]:
 def test_the_automatic_order_is_that_of_the_measurements(size: int, window: int, bias: str, what: str) -> None:
     order = automatic_order(window, bias, what)
     assert order == sorted(order, key=lambda name: microseconds(size, window, what, name, bias))
+
+
+@pytest.mark.parametrize("what", PASSES)
+@pytest.mark.parametrize("bias", ["float32", "none"])
+@pytest.mark.parametrize("name", MEASURED)
+def test_speeds_are_those_of_the_measurements(name: str, bias: str, what: str) -> None:
+    """One for all windows of as many tokens: not less than the least of them, nor more than the most."""
+    found: dict[float, list[float]] = {}
+    for size, window in SHAPES:
+        if name != "flash_attn" or bias == "none" or window**2 <= LIFTED:
+            told = MEASURED[name].of(problem_of(window, bias, what))
+            seen = microseconds(size, window, what, "sdpa", bias) / microseconds(size, window, what, name, bias)
+            found.setdefault(told, []).append(seen)
+    for told, seen_of_it in found.items():
+        assert min(seen_of_it) - 0.05 * told <= told <= max(seen_of_it) + 0.05 * told, (told, seen_of_it)
 
 
 def test_the_guide_tells_the_automatic_order() -> None:

@@ -29,8 +29,8 @@ CAPABILITIES = Capabilities(
 
 NOT_MEASURED = 0.6
 MEASURED = MeasuredSpeed(
-    inference=((inf, NOT_MEASURED),),
-    training=((inf, NOT_MEASURED),),
+    inference=((49, 0.63), (64, 0.38), (inf, 0.32)),
+    training=((49, 0.41), (64, 0.42), (144, 0.27), (inf, 0.58)),
     inference_without_bias=((64, 0.78), (144, 1.15), (256, 0.84), (inf, 1.17)),
     training_without_bias=((49, 1.02), (64, 1.06), (144, 1.27), (256, 1.24), (inf, 1.41)),
 )
