@@ -58,7 +58,7 @@ def depthwise_backward(
             _data_gradient(dy, _taps(weight), dx, top, left)
     if need_dweight:
         sums = _weight_gradient(dy, x, last + 1, stride, top, left)
-        dweight = sums.t().to(weight.dtype).contiguous().view(weight.shape)
+        dweight = sums.t().to(weight.dtype).reshape(weight.shape)
     return dx, dweight
 
 
@@ -135,7 +135,7 @@ def _images(x: Tensor, height: int, width: int) -> Tensor:
 
 def _taps(weight: Tensor) -> Tensor:
     """`(k, k, C)` of `(C, 1, k, k)`."""
-    return weight[:, 0].permute(1, 2, 0).contiguous()
+    return weight.squeeze(1).permute(1, 2, 0).contiguous()
 
 
 def _block(kernel: int, width: int) -> tuple[int, int]:

@@ -137,7 +137,7 @@ if not COMPILED:
 
 def _each(of_channels: Tensor) -> Tensor:
     """`(C, 1, 1)`, for each pixel of an image."""
-    return of_channels[:, None, None]
+    return of_channels.view(-1, 1, 1)
 
 
 def _of_channels(x: Tensor, *parts: int) -> Tensor:

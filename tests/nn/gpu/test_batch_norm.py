@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import aot_eager
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.nn.parallel import DistributedDataParallel
@@ -152,17 +154,42 @@ def test_nothing_but_the_input_is_kept() -> None:
     assert sum(each.numel() >= x.numel() for each in kept) == 1
 
 
+def test_a_compiled_step_keeps_nothing_but_the_input() -> None:
+    """What stands after the activation needs it for its gradient, and has it computed again."""
+    norm, act = layer(8, "gelu_tanh")
+    kept: list[int] = []
+
+    def look(graph: torch.fx.GraphModule, given: list[Tensor]) -> Any:
+        (outputs,) = (node.args[0] for node in graph.graph.nodes if node.op == "output")
+        computed = [one for one in outputs if one is not None and one.op != "placeholder"]
+        kept.extend(one.meta["val"].numel() for one in computed)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=look, bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )  # fmt: skip
+    torch._dynamo.reset()
+    x = images(2, 8, 9, 9).requires_grad_()
+    torch.compile(lambda x: gpu.batch_norm_act(norm, act, x).sin().sum(), backend=backend, fullgraph=True)(x).backward()
+    assert kept
+    assert max(kept) == 8
+
+
 def test_a_network_trains_as_with_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     network = maxattn.build("nano").to(DEVICE).train()
-    calls: list[Any] = []
-    launch = ops.launch
-    monkeypatch.setattr(ops, "launch", lambda *given: [calls.append(given), launch(*given)][1])
+    called: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, given: list[Tensor]) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return aot_eager(graph, given)
+
     losses, statistics = [], []
     for devices in (gpu.DEVICES, frozenset[str]()):
         monkeypatch.setattr(gpu, "DEVICES", devices)
         torch._dynamo.reset()
         model = copy.deepcopy(network)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(model, backend=look, fullgraph=True)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
         for seed in range(3):
             loss = compiled(images(4, 3, 28, 28, seed=seed)).square().mean()
@@ -174,8 +201,8 @@ def test_a_network_trains_as_with_plain_pytorch(monkeypatch: pytest.MonkeyPatch)
         assert all(int(m.num_batches_tracked) == 3 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     torch.testing.assert_close(*statistics, rtol=1e-3, atol=1e-3)
-    if not ops.COMPILED:  # else a compiler launches the kernels itself
-        assert len(calls) == 3 * 4 * sum(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    assert sum("maxattn_nn.moments" in target for target in called) == norms
 
 
 @pytest.mark.parametrize("selective", [False, True])
@@ -254,6 +281,14 @@ def test_what_it_does_not_serve_is_left_to_pytorch(monkeypatch: pytest.MonkeyPat
     hook.remove()
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert not gpu.serves_batch_norm(norm, act, x)
+
+
+def test_an_export_holds_pytorchs_own_operators() -> None:
+    mbconv = MBConv(16, 16, se_hidden=4).to(DEVICE).train()
+    exported = torch.export.export(mbconv, (images(2, 16, 6, 5).permute(0, 2, 3, 1),))
+    called = [str(node.target) for node in exported.graph.nodes]
+    assert any("batch_norm" in target for target in called)
+    assert not any("maxattn_nn" in target or "triton" in target for target in called)
 
 
 @pytest.mark.parametrize("act", ["none", "gelu"])

@@ -233,6 +233,19 @@ def test_what_it_does_not_serve_is_left_to_pytorch(monkeypatch: pytest.MonkeyPat
         assert not served()
     with forward_ad.dual_level():
         assert not served(forward_ad.make_dual(images, images))
+    convs = (nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False).to(DEVICE) for _ in range(4))
+    plain, hooked, replaced, elsewhere = convs
+    transformed: list[bool] = []
+    torch.func.grad(lambda x: [transformed.append(gpu.serves_depthwise(plain, x)), x.sum()][1])(images)
+    torch.func.vmap(lambda x: [transformed.append(gpu.serves_depthwise(plain, x)), x][1])(images[None])
+    assert gpu.serves_depthwise(plain, images)
+    assert transformed == [False, False]
+    hooked.register_forward_hook(lambda *given: None)
+    replaced.forward = lambda x: x
+    assert not any(gpu.serves_depthwise(conv, images) for conv in (hooked, replaced, elsewhere.to("meta")))
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda *given: None)
+    assert not served()
+    hook.remove()
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert not served()
 
