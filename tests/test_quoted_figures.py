@@ -156,6 +156,11 @@ def test_the_guide_quotes_how_fast_networks_are() -> None:
         f"guards take {', '.join(f'{1e6 * seconds:.1f} us' for seconds in guards)} a call |",
     ]
     assert_quoted(quoted, "docs/guide/performance.md")
+    inference = [float(times_as_fast(rows, "compiled", "timm")) for rows in (tiny, base, large)]
+    training = float(times_as_fast(step, "recorded", "timm"))
+    in_short = [f"{min(inference):.1f} to {max(inference):.1f} times as fast in inference, {training:.1f} times in"]
+    assert_quoted(in_short, "README.md")
+    assert float(share("", "recorded")) <= 0.5
 
 
 def test_the_guide_quotes_what_a_training_step_spends() -> None:

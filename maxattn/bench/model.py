@@ -73,11 +73,18 @@ def measure(
         show: is told how far it is.
         keep: is given the result so far after each case, and at last the finished one.
 
+    Raises:
+        ValueError: for the mode "recorded", which is of training.
+
     Example:
         >>> result = measure(["nano"], batches=[1], modes=["eager"], effort=Effort(least=2, most=2, sample=0))
         >>> [(row.candidate, row.note) for row in result.rows][1:3]
         [('maxattn optimized, eager', ''), ('timm', 'has no nano')]
     """
+    if "recorded" in modes:
+        raise ValueError(
+            "recorded: there are eager and compiled; on a GPU a network compiled for inference is a CUDA graph"
+        )
     effort = effort or Effort()
     wanted = [(spec, batch) for spec in specs_of(specs, img_size) for batch in batches]
     result = Result(kind="model", machine=this_machine(device), settings=_settings(device, dtype, effort), checked=True)

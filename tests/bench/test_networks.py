@@ -50,6 +50,11 @@ def told(rows: tuple[Row, ...]) -> dict[str, tuple[bool, str]]:
     return {row.candidate: (row.time is not None, row.note) for row in rows}
 
 
+def test_only_training_has_a_mode_of_its_own_for_cuda_graphs() -> None:
+    with pytest.raises(ValueError, match="there are eager and compiled"):
+        model.measure([SMALL], modes=["recorded"])
+
+
 def test_ours_is_measured_plain_and_optimised_eager_and_compiled() -> None:
     result = model.measure([SMALL], batches=[1], effort=TWO_ROUNDS, peers=False)
     assert told(result.rows) == {
