@@ -58,7 +58,7 @@ def depthwise_backward(
             _data_gradient(dy, _taps(weight), dx, top, left)
     if need_dweight:
         sums = _weight_gradient(dy, x, last + 1, stride, top, left)
-        dweight = sums.t().to(weight.dtype).reshape(weight.shape)
+        dweight = sums.t().to(weight.dtype).clone(memory_format=torch.contiguous_format).view(weight.shape)
     return dx, dweight
 
 
