@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -20,6 +21,21 @@ def python(*paths: Path, arguments: tuple[str, ...]) -> str:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def hiding(modules: Iterable[str], versions: Iterable[str] = ()) -> str:
+    """The first lines of a program for which these modules, and the versions of these distributions, are not there."""
+    return f"""
+import sys
+from importlib import metadata
+sys.modules.update(dict.fromkeys({sorted(modules)!r}))  # an import fails, and a search finds nothing
+real = metadata.version
+def version(name):
+    if name in {sorted(versions)!r}:
+        raise metadata.PackageNotFoundError(name)
+    return real(name)
+metadata.version = version
+"""
 
 
 def announce(project: Path, site: Path) -> None:

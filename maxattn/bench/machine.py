@@ -14,7 +14,20 @@ import torch
 
 from maxattn import __version__
 
-LIBRARIES = ("triton", "timm", "torchvision", "maxattn-triton", "maxattn-flex", "xformers", "flash-attn")
+LIBRARIES = (
+    "triton",
+    "timm",
+    "torchvision",
+    "xformers",
+    "mslk",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
+    "quack-kernels",
+    "natten",
+    *(f"maxattn-{name}" for name in ("triton", "flex", "xformers", "flash-attn", "natten")),
+)
 SETTINGS = re.compile(r"(CUBLAS|CUDA|DNNL|GOMP|KMP|MALLOC|MAXATTN|MKL|NVIDIA_TF32|OMP|ONEDNN|PYTORCH|TORCH|TRITON)_")
 """Environment variables that change what is measured; the C library's MALLOC_* change it a lot for large tensors."""
 NO_SETTING = re.compile(r".*(DIR|PATH|HOME|LAUNCHES|VISIBLE_DEVICES)$")

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapters import HOPPER
-from fresh_python import announce, python
+from fresh_python import announce, hiding, python
 from torch import Tensor
 
 import maxattn
@@ -80,6 +80,7 @@ def reasons(problem: Problem) -> tuple[Reason, ...]:
         pytest.param(
             {4: ""}, {"head_dim": 136, "compute_capability": (12, 0)} | NO_BIAS, "head_dim", id="no kernel so wide"
         ),
+        pytest.param(ALL, {"scale": -1e-7}, "scale", id="a scale too small for a bias beside it"),
         pytest.param(ALL, {"head_dim": 36}, "head_dim", id="head dim no multiple of 8"),
         pytest.param(ALL, {"head_dim": 264}, "head_dim", id="head dim too large"),
         pytest.param(ALL, {"dtype": torch.float32}, "dtype", id="fp32"),
@@ -121,13 +122,15 @@ def test_4_gets_head_dims_for_which_its_kernels_agree(channels: int, capability:
 @pytest.mark.parametrize(
     ("versions", "changed", "kernel"),
     [
-        ((2, 3, 4), {}, "flash-attn 3, head dim 136, the bias in two terms"),
-        ((2, 4), {}, "flash-attn 2, head dim 136, the bias in two terms"),
+        ((2, 3, 4), {}, "flash-attn 4, head dim 160, the bias in two terms"),
+        ((2, 3), {}, "flash-attn 3, head dim 136, the bias in two terms"),
+        ((2, 4), {}, "flash-attn 4, head dim 160, the bias in two terms"),
+        ((2,), {}, "flash-attn 2, head dim 136, the bias in two terms"),
         ((4,), {}, "flash-attn 4, head dim 160, the bias in two terms"),
-        ((2, 3, 4), NO_BIAS, "flash-attn 3, head dim 32"),
+        ((2, 3, 4), NO_BIAS, "flash-attn 4, head dim 32"),
         ((2, 3, 4), {"dropout_p": 0.1}, "flash-attn 2, head dim 136, the bias in two terms"),
         ((2, 3, 4), {"compiling": True}, "flash-attn 2, head dim 136, the bias in two terms"),
-        ((2, 3, 4), {"window": (12, 12)}, "flash-attn 3, head dim 176, the bias in one term"),
+        ((2, 3, 4), {"window": (12, 12)}, "flash-attn 4, head dim 192, the bias in one term"),
         ((2, 3), {"head_dim": 96, "deterministic": True}, "flash-attn 3, head dim 152, the bias in one term"),
         ((2, 3), {"head_dim": 200, "deterministic": True} | NO_BIAS, "flash-attn 2, head dim 200"),
         ((2, 3, 4), {"compute_capability": (8, 6)}, "flash-attn 2, head dim 136, the bias in two terms"),
@@ -234,6 +237,7 @@ def test_each_generation_is_called_by_its_own_signature(
     torch.testing.assert_close(out, maxattn.max_sa(qkv, "grid", (4, 3), bias, backend="naive"))
 
 
+MODULES = {one.module.split(".")[0] for one in (TWO, THREE, FOUR)}
 OF_TWO = ("flash_attn/__init__.py", "flash_attn/cute/__init__.py", "flash_attn_2_cuda.py")
 
 
@@ -258,14 +262,17 @@ def test_what_is_installed_is_told_without_an_import(
         metadata = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    modules = MODULES - {file.split("/")[0].removesuffix(".py") for file in files}
     program = "import maxattn_flash_attn.generations as generations; print(generations.installed())"
+    program = hiding(modules, {one.distribution for one in (TWO, THREE, FOUR)} - set(versions)) + program
     assert python(tmp_path, arguments=("-c", program)) == f"{told}\n"
 
 
 def test_an_installed_plugin_without_flash_attn_says_so(tmp_path: Path) -> None:
     announce(PROJECT, tmp_path)
     asked = ("--device", "cuda", "--compute-capability", "9.0", "--dtype", "bf16", "--json")
-    answer = json.loads(python(PROJECT / "src", tmp_path, arguments=("-m", "maxattn", "explain", *asked)))
+    program = hiding(MODULES) + "from maxattn.cli import main; main()"
+    answer = json.loads(python(PROJECT / "src", tmp_path, arguments=("-c", program, "explain", *asked)))
     assert answer["backend"] == "sdpa"
     (told,) = (one for one in answer["candidates"] if one["name"] == "flash_attn")
     assert [reason["code"] for reason in told["reasons"]] == ["not_installed"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapters import HOPPER, names_of_checks
-from fresh_python import announce, python
+from fresh_python import announce, hiding, python
 from torch import Tensor
 
 import maxattn
@@ -202,14 +202,16 @@ def test_flash_attn_4_alone_is_known_to_stop_xformers(files: tuple[str, ...], cl
     for file in ("xformers/__init__.py", *(f"flash_attn/{file}" for file in files)):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("raise RuntimeError('imported')\n")
-    program = "import maxattn_xformers.library as library; print(library.installed().clash)"
+    program = hiding([] if files else ["flash_attn"])
+    program += "import maxattn_xformers.library as library; print(library.installed().clash)"
     assert python(tmp_path, arguments=("-c", program)) == f"{clash}\n"
 
 
 def test_an_installed_plugin_without_xformers_says_so(tmp_path: Path) -> None:
     announce(PROJECT, tmp_path)
     asked = ("--device", "cuda", "--compute-capability", "9.0", "--dtype", "bf16", "--json")
-    answer = json.loads(python(PROJECT / "src", tmp_path, arguments=("-m", "maxattn", "explain", *asked)))
+    program = hiding(["xformers", "mslk"]) + "from maxattn.cli import main; main()"
+    answer = json.loads(python(PROJECT / "src", tmp_path, arguments=("-c", program, "explain", *asked)))
     assert answer["backend"] == "sdpa"
     (told,) = (one for one in answer["candidates"] if one["name"] == "xformers")
     assert [reason["code"] for reason in told["reasons"]] == ["not_installed"]

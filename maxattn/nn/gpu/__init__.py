@@ -60,8 +60,8 @@ def serves_batch_norm(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
         and name_of(act) not in (None, "sigmoid")
         and x.numel() > x.shape[1]
         and serves(x, norm, act)
-        and norm.weight.device == x.device
-        and norm.weight.dtype in (x.dtype, torch.float32)
+        and all(one is not None and one.device == x.device for one in (norm.weight, norm.bias))
+        and {norm.weight.dtype, norm.bias.dtype} <= {x.dtype, torch.float32}
     )
 
 
@@ -109,8 +109,8 @@ def batch_norm_act(norm: nn.BatchNorm2d, act: nn.Module, x: Tensor) -> Tensor:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         assert norm.momentum is not None
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_((var * (pixels / (pixels - 1))).to(norm.running_var.dtype), norm.momentum)
+        for running, now in ((norm.running_mean, mean), (norm.running_var, var * (pixels / (pixels - 1)))):
+            running.copy_(torch.lerp(running.float(), now, norm.momentum))
     out: Tensor = y
     return out
 

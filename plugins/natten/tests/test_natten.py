@@ -15,7 +15,7 @@ import adapters
 import pytest
 import torch
 from adapters import names_of_checks
-from fresh_python import announce, python
+from fresh_python import announce, hiding, python
 from torch import Tensor
 
 import maxattn
@@ -213,7 +213,8 @@ def test_what_is_installed_is_told_without_an_import(tmp_path: Path, kernels: bo
 def test_an_installed_plugin_without_natten_says_so(tmp_path: Path) -> None:
     announce(PROJECT, tmp_path)
     asked = ("--device", "cuda", "--compute-capability", "9.0", "--dtype", "bf16", "--no-bias", "--json")
-    answer = json.loads(python(PROJECT / "src", tmp_path, arguments=("-m", "maxattn", "explain", *asked)))
+    program = hiding(["natten"]) + "from maxattn.cli import main; main()"
+    answer = json.loads(python(PROJECT / "src", tmp_path, arguments=("-c", program, "explain", *asked)))
     (told,) = (one for one in answer["candidates"] if one["name"] == "natten")
     assert [reason["code"] for reason in told["reasons"]] == ["not_installed"]
 

@@ -96,7 +96,8 @@ def test_every_activation(act: str, dtype: torch.dtype) -> None:
 def test_any_size_in_one_part_or_many(
     size: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for programs in (1, 24):
+    monkeypatch.setattr(ops, "MERGED", {"BLOCK_P": 16, "BLOCK_C": 16})
+    for programs in (1, 24, 1056):
         monkeypatch.setattr(ops, "PROGRAMS", programs)
         norm, act = layer(size[1], "gelu_tanh")
         assert_within_budget(norm, act, images(*size, dtype=dtype), images(*size, dtype=dtype, seed=1))
@@ -114,6 +115,19 @@ def test_parts_fill_a_gpu_and_are_of_whole_tiles() -> None:
     assert ops._parts(10**6, 64, 32) == (960, 1042)
     assert ops._parts(6272, 2048, 64) == (192, 33)
     assert ops._parts(5, 8, 32) == (32, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_statistics_of_few_bits_are_brought_forward_in_fp32(dtype: torch.dtype) -> None:
+    """A variance of 160,000 is no number of fp16; a tenth of it is."""
+    x = images(4, 8, 12, 12, dtype=dtype) * 400
+    running = []
+    for ours in (False, True):
+        norm = nn.BatchNorm2d(8).to(DEVICE, dtype)
+        (gpu.batch_norm_act(norm, nn.Identity(), x) if ours else norm(x)).sum().backward()
+        running.append((norm.running_mean, norm.running_var))
+    assert all(statistic.isfinite().all() for statistic in running[1])
+    torch.testing.assert_close(*running)
 
 
 @pytest.mark.parametrize("act", ["none", *ACTIVATIONS])
@@ -264,6 +278,10 @@ def test_what_it_does_not_serve_is_left_to_pytorch(monkeypatch: pytest.MonkeyPat
     assert not gpu.serves_batch_norm(nn.BatchNorm2d(8, affine=False), act, x)
     assert not gpu.serves_batch_norm(nn.BatchNorm2d(8, track_running_stats=False), act, x)
     assert not gpu.serves_batch_norm(nn.BatchNorm2d(8, momentum=None), act, x)
+    for parameter in ("weight", "bias"):
+        without = copy.deepcopy(norm)
+        setattr(without, parameter, None)
+        assert not gpu.serves_batch_norm(without, act, x)
     assert not gpu.serves_batch_norm(norm, nn.Tanh(), x)
     assert not gpu.serves_batch_norm(norm, act, x.double())
     assert not gpu.serves_batch_norm(copy.deepcopy(norm).bfloat16(), act, x)

@@ -77,7 +77,8 @@ class Generation:
             told = f"{self.name} has no backward pass with dropout for head dim {dim} on this GPU"
             found.append(Reason("dropout", told, f"head dims up to {LARGEST_UNRESTRICTED}, the bias included"))
         if problem.deterministic and problem.differentiated and not self._deterministic(problem, dim):
-            told = f"{self.name} has no deterministic backward pass for head dim {dim} on this GPU"
+            lacking = "is not known to have a" if self.number == 4 else "has no"
+            told = f"{self.name} {lacking} deterministic backward pass for head dim {dim} on this GPU"
             found.append(Reason("deterministic", told, HAS_IT))
         if problem.compiling and not self.compile:
             found.append(Reason("compile", f"{self.name} is not traced by torch.compile", HAS_IT))
@@ -114,8 +115,10 @@ FOUR = Generation(
     compiler_for_gradients={9: (4, 8)},  # 4.0.0b36 on an H200: not with 4.6.2 and 4.6.3, but with 4.8.1
 )
 
-PREFERRED = {8: (TWO,), 9: (THREE, TWO, FOUR), 10: (FOUR, TWO), 11: (FOUR, TWO), 12: (TWO, FOUR)}
-"""By the major compute capability: the generations for it, in the order in which they are tried."""
+PREFERRED = {8: (TWO,), 9: (FOUR, THREE, TWO), 10: (FOUR, TWO), 11: (FOUR, TWO), 12: (TWO, FOUR)}
+"""By the major compute capability: the generations for it, in the order in which they are tried.
+
+On 9.x 4 is the one that was run."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

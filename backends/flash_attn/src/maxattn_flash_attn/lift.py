@@ -17,6 +17,9 @@ from torch import Tensor
 LARGEST_EXPONENT = 14
 """Powers of two up to this, and down to minus this, are normal numbers in every dtype."""
 
+SMALLEST_SCALE = 2.0**-20
+"""With smaller ones, other than 0, a bias of usual size would be cut off in fp16."""
+
 INFINITY = 1e30
 """Hides a key as infinity does, but leaves every logit a finite number in fp32."""
 
