@@ -20,7 +20,7 @@ class Tile(NamedTuple):
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory that the operands of its stages take, of 16 bits; a gate of each row would take more."""
+        """Bytes of shared memory that the operands of its stages take, of 16 bits; gates of each row take more."""
         return 2 * self.stages * (self.rows + self.columns) * self.depth
 
 
