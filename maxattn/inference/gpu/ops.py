@@ -7,13 +7,10 @@ nothing to launch, the same functions are opaque operators. None has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, triton_op, wrap_triton
-from triton.runtime.jit import JITFunction
 
 from maxattn.inference.gpu import launches
 from maxattn.inference.gpu.kernels import convolution as convolution_kernel
@@ -23,13 +20,11 @@ from maxattn.inference.gpu.kernels import narrow as narrow_kernel
 from maxattn.inference.gpu.kernels import norm as norm_kernel
 from maxattn.inference.gpu.kernels import pointwise as pointwise_kernel
 from maxattn.inference.gpu.kernels import pool as pool_kernel
+from maxattn.nn.gpu.launching import COMPILED, blocks_of, launch, operator
 from maxattn.ops.devices import on_device_of
 
-COMPILED = isinstance(pointwise_kernel.pointwise, JITFunction)
-_operator: Callable[..., Any] = triton_op if COMPILED else custom_op
 
-
-@_operator("maxattn_inference::pointwise", mutates_args=())  # type: ignore[untyped-decorator]
+@operator("maxattn_inference::pointwise", mutates_args=())  # type: ignore[untyped-decorator]
 def pointwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str, gate: Tensor | None, residual: Tensor | None
 ) -> Tensor:
@@ -40,7 +35,7 @@ def pointwise(
     M = x.numel() // K
     tile = launches.pointwise(M, N, K, gate is not None, _shared_memory(x))
     with on_device_of(x):
-        _launch(pointwise_kernel.pointwise, _tiles(M, tile.rows) * _tiles(N, tile.columns))(
+        launch(pointwise_kernel.pointwise, blocks_of(M, tile.rows) * blocks_of(N, tile.columns))(
             x, weight, _or(bias, x), _or(gate, x), _or(residual, x), out, M, N, K, pixels,
             ACT=act, GATED=gate is not None, SPANNED=pixels >= tile.rows, BIASED=bias is not None,
             ADDED=residual is not None,
@@ -49,13 +44,13 @@ def pointwise(
     return out
 
 
-@_operator("maxattn_inference::narrow", mutates_args=())  # type: ignore[untyped-decorator]
+@operator("maxattn_inference::narrow", mutates_args=())  # type: ignore[untyped-decorator]
 def narrow(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, norm: str, eps: float) -> Tensor:
     """As `reference.narrow`, of at most `launches.NARROW` channels."""
     out, x, (N, C) = pointwise_output(x, weight), x.contiguous(), weight.shape
     M, tile = x.numel() // C, launches.narrow(C, N)
     with on_device_of(x):
-        _launch(narrow_kernel.narrow, _tiles(M, tile.rows))(
+        launch(narrow_kernel.narrow, blocks_of(M, tile.rows))(
             x, weight.contiguous(), _or(bias, x), out, M, C, N, eps,
             ACT=act, NORM=norm, BIASED=bias is not None, EVEN_C=tile.depth == C, EVEN_N=N % tile.columns == 0,
             BLOCK_M=tile.rows, BLOCK_C=tile.depth, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
@@ -63,19 +58,19 @@ def narrow(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, norm: str, 
     return out
 
 
-@_operator("maxattn_inference::norm", mutates_args=())  # type: ignore[untyped-decorator]
+@operator("maxattn_inference::norm", mutates_args=())  # type: ignore[untyped-decorator]
 def norm(x: Tensor, kind: str, eps: float) -> Tensor:
     """As `reference.norm`."""
     x, C = x.contiguous(), x.shape[-1]
     out, M, (rows, block, warps) = torch.empty_like(x), x.numel() // C, launches.norm(C)
     with on_device_of(x):
-        _launch(norm_kernel.norm, _tiles(M, rows))(
+        launch(norm_kernel.norm, blocks_of(M, rows))(
             x, out, M, C, eps, NORM=kind, EVEN_C=block == C, BLOCK_M=rows, BLOCK_C=block, num_warps=warps
         )
     return out
 
 
-@_operator("maxattn_inference::mlp", mutates_args=())  # type: ignore[untyped-decorator]
+@operator("maxattn_inference::mlp", mutates_args=())  # type: ignore[untyped-decorator]
 def mlp(
     x: Tensor,
     weight1: Tensor,
@@ -90,7 +85,7 @@ def mlp(
     x, (hidden, C) = x.contiguous(), weight1.shape
     out, M, tile = torch.empty_like(x), x.numel() // C, launches.mlp(C)
     with on_device_of(x):
-        _launch(mlp_kernel.mlp, _tiles(M, tile.rows))(
+        launch(mlp_kernel.mlp, blocks_of(M, tile.rows))(
             x, weight1.contiguous(), _or(bias1, x), weight2.contiguous(), _or(bias2, x), out, M, C, hidden, eps,
             ACT=act, NORM=norm, BIASED_1=bias1 is not None, BIASED_2=bias2 is not None,
             EVEN_C=tile.columns == C, EVEN_H=hidden % tile.depth == 0,
@@ -99,7 +94,7 @@ def mlp(
     return out
 
 
-@_operator("maxattn_inference::depthwise", mutates_args=())  # type: ignore[untyped-decorator]
+@operator("maxattn_inference::depthwise", mutates_args=())  # type: ignore[untyped-decorator]
 def depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str, stride: int, padding: list[int], pooled: bool
 ) -> tuple[Tensor, Tensor]:
@@ -108,7 +103,7 @@ def depthwise(
     B, out_H, out_W, C = out.shape
     strip, runs, strips = _cut(out)
     with on_device_of(x):
-        _launch(depthwise_kernel.depthwise, B * runs * strips * _tiles(C, strip.channels))(
+        launch(depthwise_kernel.depthwise, B * runs * strips * blocks_of(C, strip.channels))(
             x.contiguous(), weight.contiguous(), _or(bias, x), out, means,
             *x.shape[1:], out_H, out_W, padding[0], padding[2], runs, strips,
             ACT=act, STRIDE=stride, BIASED=bias is not None, POOLED=pooled,
@@ -117,7 +112,7 @@ def depthwise(
     return out, means
 
 
-@_operator("maxattn_inference::convolution", mutates_args=())  # type: ignore[untyped-decorator]
+@operator("maxattn_inference::convolution", mutates_args=())  # type: ignore[untyped-decorator]
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, stride: int, padding: list[int]) -> Tensor:
     """As `reference.convolution`, of one group."""
     out = convolution_output(x, weight, bias, act, stride, padding)
@@ -125,7 +120,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, stride
     _, kernel_h, kernel_w, channels = weight.shape
     tile, M = launches.convolution(channels, N), B * out_H * out_W
     with on_device_of(x):
-        _launch(convolution_kernel.convolution, _tiles(M, tile.rows) * _tiles(N, tile.columns))(
+        launch(convolution_kernel.convolution, blocks_of(M, tile.rows) * blocks_of(N, tile.columns))(
             x, weight.contiguous(), _or(bias, x), out,
             M, N, *x.shape[2:], out_H, out_W, x.stride(0), *x.stride()[2:], x.stride(1), padding[0], padding[2],
             ACT=act, STRIDE=stride, BIASED=bias is not None, CHANNELS=channels, KERNEL_H=kernel_h, KERNEL_W=kernel_w,
@@ -134,14 +129,14 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, stride
     return out
 
 
-@_operator("maxattn_inference::pool", mutates_args=())  # type: ignore[untyped-decorator]
+@operator("maxattn_inference::pool", mutates_args=())  # type: ignore[untyped-decorator]
 def pool(x: Tensor, kernel: int, stride: int, padding: int, padded: bool) -> Tensor:
     """As `reference.pool`."""
     out = pool_output(x, kernel, stride)
     _, out_H, out_W, C = out.shape
     M, (rows, block, warps) = out.numel() // C, launches.pool(C)
     with on_device_of(x):
-        _launch(pool_kernel.pool, _tiles(M, rows) * _tiles(C, block))(
+        launch(pool_kernel.pool, blocks_of(M, rows) * blocks_of(C, block))(
             x.contiguous(), out, M, *x.shape[1:], out_H, out_W,
             KERNEL=kernel, STRIDE=stride, PADDING=padding, PADDED=padded,
             BLOCK_M=rows, BLOCK_C=block, num_warps=warps,
@@ -180,7 +175,7 @@ def convolution_output(
 def pool_output(x: Tensor, kernel: int, stride: int, *_: Any) -> Tensor:
     """What `pool` returns, not yet computed."""
     B, H, W, C = x.shape
-    return x.new_empty(B, _tiles(H, stride), _tiles(W, stride), C)
+    return x.new_empty(B, blocks_of(H, stride), blocks_of(W, stride), C)
 
 
 if not COMPILED:
@@ -202,7 +197,7 @@ def _cut(out: Tensor) -> tuple[launches.Strip, int, int]:
     """How the output of a depthwise convolution is cut: the launch, and how many runs and strips an image has."""
     _, out_H, out_W, C = out.shape
     strip = launches.depthwise(out_H, out_W, C)
-    return strip, _tiles(out_H, strip.rows), _tiles(out_W, strip.columns)
+    return strip, blocks_of(out_H, strip.rows), blocks_of(out_W, strip.columns)
 
 
 def _shared_memory(x: Tensor) -> int:
@@ -211,10 +206,6 @@ def _shared_memory(x: Tensor) -> int:
         return launches.SHARED
     bytes_: int = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     return bytes_
-
-
-def _tiles(size: int, block: int) -> int:
-    return (size + block - 1) // block
 
 
 def _blocks(tile: launches.Tile) -> dict[str, int]:
@@ -229,7 +220,3 @@ def _blocks(tile: launches.Tile) -> dict[str, int]:
 
 def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
     return placeholder if tensor is None else tensor.contiguous()
-
-
-def _launch(function: Any, programs: int) -> Any:
-    return (wrap_triton(function) if COMPILED else function)[(programs,)]

@@ -1,4 +1,4 @@
-"""How the operators for training launch their kernels, and share work among programs. Importing this imports Triton."""
+"""How operators launch their kernels, and share work among programs. Importing this imports Triton."""
 
 from __future__ import annotations
 

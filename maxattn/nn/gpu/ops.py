@@ -22,12 +22,12 @@ TWICE, CUBIC = 1.5957691216057308, 0.044715
 """GELU with tanh is `x sigmoid(2 u)`, `u = sqrt(2 / pi) (x + 0.044715 x^3)`: twice the root, and the cube's factor."""
 
 
-def _gelu_tanh(z: Tensor) -> Tensor:
-    return z * torch.sigmoid(TWICE * z * (1 + CUBIC * z * z))
+def _gate(z: Tensor) -> Tensor:
+    return torch.sigmoid(TWICE * z * (1 + CUBIC * z * z))
 
 
 def _gelu_tanh_backward(dy: Tensor, z: Tensor) -> Tensor:
-    s = torch.sigmoid(TWICE * z * (1 + CUBIC * z * z))
+    s = _gate(z)
     return dy * (s + z * s * (1 - s) * (TWICE * (1 + 3 * CUBIC * z * z)))
 
 
@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
+    "gelu_tanh": lambda z: z * _gate(z),
 }
 SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda dy, z: dy,

@@ -53,8 +53,8 @@ def test_each_launch_is_on_the_device_of_its_input(monkeypatch: pytest.MonkeyPat
     entered: list[Tensor] = []
     monkeypatch.setattr(ops, "on_device_of", lambda tensor: [entered.append(tensor), on_device_of(tensor)][1])
     launched: list[int] = []
-    launch = ops._launch
-    monkeypatch.setattr(ops, "_launch", lambda *given: [launched.append(len(entered)), launch(*given)][1])
+    launch = ops.launch
+    monkeypatch.setattr(ops, "launch", lambda *given: [launched.append(len(entered)), launch(*given)][1])
     x, weight = normal(1, 2, 2, 16, dtype=torch.float16), normal(16, 16, dtype=torch.float16)
     ops.pointwise(x, weight, None, "none", None, None)
     ops.narrow(x, weight, None, "none", "none", 0.0)

@@ -61,7 +61,7 @@ class FlashAttn(Backend):
         return replace(CAPABILITIES, dropout=not numbers or TWO.number in numbers)
 
     def generations(self, problem: Problem) -> list[Generation]:
-        """The installed generations for the GPU of `problem`, the fastest first."""
+        """The installed generations for the GPU of `problem`, as they are tried."""
         there = dict(generations.installed())
         major = generations.major_of(problem.compute_capability)
         return [one for one in PREFERRED.get(major, ()) if one.number in there]
