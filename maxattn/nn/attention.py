@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from maxattn.nn import gpu
 from maxattn.nn.basic import ACTIVATIONS, token_norm, update
 from maxattn.nn.checkpointing import Selective
 from maxattn.nn.rel_pos import RelPosLogMLP, RelPosTable
@@ -73,8 +74,12 @@ class MaxAttention(nn.Module):
 
     def project(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor | None]:
         """What `max_sa` is given: qkv `(B, H, W, 3, heads, head_dim)`, and the bias `(heads, N, N)` or None."""
+        return self.split(self.qkv(x_BHWC))
+
+    def split(self, qkv_BHWC: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same, of what `qkv` makes."""
         bias = None if self.rel_pos is None else self.rel_pos()
-        return self.qkv(x_BHWC).unflatten(-1, (3, self.heads, -1)), bias
+        return qkv_BHWC.unflatten(-1, (3, self.heads, -1)), bias
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         return self.attend(*self.project(x_BHWC))
@@ -106,11 +111,11 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.second(self.fc1(x)))
+        return self.drop(self.fc2(self.activated(self.fc1(x))))
 
-    def second(self, y: Tensor) -> Tensor:
-        """What comes between the Linears, and the last of them."""
-        return self.fc2(self.drop(self.act(y)))
+    def activated(self, y: Tensor) -> Tensor:
+        """What comes between the Linears."""
+        return self.drop(self.act(y))
 
 
 class AttentionLayer(Selective):
@@ -140,27 +145,43 @@ class AttentionLayer(Selective):
             self.update2 = update(width, layer_scale, drop_path)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        x_BHWC = x_BHWC + self.update1(self._attended(x_BHWC))
+        x_BHWC, y_BHWC = self._attended(x_BHWC)
+        x_BHWC = x_BHWC + self.update1(y_BHWC)
         if self.mlp is None or self.norm2 is None or self.update2 is None:
             return x_BHWC
-        y_BHWC = self.part(self._hidden, x_BHWC)
-        y_BHWC = self.mlp.drop(self.part(self.mlp.second, y_BHWC, random=self.mlp.drop.p > 0))
+        x_BHWC, y_BHWC = self._fed(x_BHWC, self.norm2, self.mlp)
         return x_BHWC + self.update2(y_BHWC)
 
     def watched(self) -> bool:
         """Whether a hook on attention must be shown what that is given."""
         return bool(self.attn._forward_pre_hooks or self.attn._forward_hooks)
 
-    def _attended(self, x_BHWC: Tensor) -> Tensor:
+    def _attended(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """x again, and its update."""
         if self.watched():
-            return self.attn(self.norm1(x_BHWC))
-        return self.attn.attend(*self.part(self._projected, x_BHWC))
+            return x_BHWC, self.attn(self.norm1(x_BHWC))
+        if gpu.serves_norm_linear(self.norm1, self.attn.qkv, x_BHWC):
+            x_BHWC, y_BHWC = gpu.norm_linear(self.norm1, self.attn.qkv, x_BHWC)  # type: ignore[arg-type]
+        else:
+            y_BHWC = self.part(self._projected, x_BHWC)
+        return x_BHWC, self.attn.attend(*self.attn.split(y_BHWC))
 
-    def _projected(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.attn.project(self.norm1(x_BHWC))
+    def _projected(self, x_BHWC: Tensor) -> Tensor:
+        return self.attn.qkv(self.light(self.norm1, x_BHWC))
 
-    def _hidden(self, x_BHWC: Tensor) -> Tensor:
-        return self.mlp.fc1(self.norm2(x_BHWC))  # type: ignore[misc,union-attr]
+    def _fed(self, x_BHWC: Tensor, norm: nn.Module, mlp: MLP) -> tuple[Tensor, Tensor]:
+        """x again, and its update."""
+        random = mlp.drop.p > 0
+        if not random and gpu.serves_mlp(norm, mlp.fc1, mlp.act, mlp.fc2, x_BHWC):
+            return gpu.mlp(norm, mlp.fc1, mlp.act, mlp.fc2, x_BHWC)  # type: ignore[arg-type]
+
+        def hidden(x_BHWC: Tensor) -> Tensor:
+            return mlp.fc1(self.light(norm, x_BHWC))
+
+        def second(y_BHWC: Tensor) -> Tensor:
+            return mlp.fc2(self.light(mlp.activated, y_BHWC, random=random))
+
+        return x_BHWC, mlp.drop(self.part(second, self.part(hidden, x_BHWC), random=random))
 
 
 def _rel_pos(kind: str, heads: int, window: tuple[int, int], hidden: int) -> RelPosTable | RelPosLogMLP | None:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from maxattn.nn import gpu
-
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "gelu": nn.GELU,
@@ -31,14 +29,6 @@ def conv_norm(name: str, width: int, eps: float = 1e-3, momentum: float = 0.1) -
     if name == "group_norm":
         return nn.GroupNorm(max(groups for groups in range(1, 33) if width % groups == 0), width, eps=eps)
     return LayerNorm2d(width, eps=eps)
-
-
-def normed(norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
-    """`act(norm(x))` of `(B, C, H, W)`; in compiled training on a GPU by kernels of our own, where they serve."""
-    if gpu.serves_batch_norm(norm, act, x):
-        return gpu.batch_norm_act(norm, act, x)  # type: ignore[arg-type]
-    out: Tensor = act(norm(x))
-    return out
 
 
 def token_norm(name: str, width: int, eps: float = 1e-5) -> nn.Module:

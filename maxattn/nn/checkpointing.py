@@ -7,10 +7,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from maxattn.nn import gpu
 from maxattn.ops.dispatch import eager_override, use_backend
 
 Checkpointing = Literal[False, True, "selective"]
@@ -28,9 +29,28 @@ class Selective(nn.Module):
 
         Its last operation is not computed again, for what that makes is the input of the part after it.
         """
-        if not (self.selective and self.training and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling() or not self._recomputes():
             return function(*inputs)
         return recomputed(self, function, *inputs, random=random)
+
+    def light(self, function: Callable[..., Any], *inputs: Any, random: bool = False) -> Any:
+        """`function(*inputs)`: what a part does before its product.
+
+        A compiler is told to compute just this again, for of a whole part it would compute products again as well.
+        """
+        if not torch.compiler.is_compiling() or not self._recomputes():
+            return function(*inputs)
+        return recomputed(self, function, *inputs, random=random)
+
+    def normed(self, norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+        """`act(norm(x))` of `(B, C, H, W)`; in compiled training on a GPU by kernels of our own, where they serve."""
+        if gpu.serves_batch_norm(norm, act, x):
+            return gpu.batch_norm_act(norm, act, x)  # type: ignore[arg-type]
+        out: Tensor = self.light(lambda x: act(norm(x)), x)
+        return out
+
+    def _recomputes(self) -> bool:
+        return self.selective and self.training and torch.is_grad_enabled()
 
 
 def recomputed(module: nn.Module, function: Callable[..., Any], *inputs: Any, random: bool = True) -> Any:

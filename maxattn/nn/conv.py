@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maxattn.nn import gpu
-from maxattn.nn.basic import ACTIVATIONS, conv_norm, normed, update
+from maxattn.nn.basic import ACTIVATIONS, conv_norm, update
 from maxattn.nn.checkpointing import Selective
 
 Padding = Literal["same", "symmetric"]
@@ -55,6 +55,10 @@ class SqueezeExcite(nn.Module):
         self.fc1 = nn.Conv2d(width, hidden, 1)
         self.act = nn.SiLU()
         self.fc2 = nn.Conv2d(hidden, width, 1)
+
+    @property
+    def parts(self) -> tuple[nn.Conv2d, nn.Module, nn.Conv2d]:
+        return self.fc1, self.act, self.fc2
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
@@ -150,14 +154,20 @@ class MBConv(Selective):
         return self.shortcut(x).permute(0, 2, 3, 1) + self.update(y.permute(0, 2, 3, 1))
 
     def _expanded(self, x: Tensor) -> Tensor:
-        return self.conv1(normed(self.pre_norm, IDENTITY, x))
+        return self.conv1(self.normed(self.pre_norm, IDENTITY, x))
 
     def _filtered(self, y: Tensor) -> Tensor:
-        return self.conv2(normed(self.norm1, self.act, y))
+        return self.conv2(self.normed(self.norm1, self.act, y))
 
     def _projected(self, y: Tensor) -> Tensor:
-        y = normed(self.norm2, self.act, y)
-        return self.conv3(y if self.se is None else self.se(y))
+        if self.se is None:
+            return self.conv3(self.normed(self.norm2, self.act, y))
+        if gpu.serves_squeeze_excite(self.norm2, self.act, self.se, self.se.parts, self.conv3, y):
+            return gpu.squeeze_excite_conv(self.norm2, self.act, self.se.parts, self.conv3, y)  # type: ignore[arg-type]
+        return self.conv3(self.light(self._gated, y))
+
+    def _gated(self, y: Tensor) -> Tensor:
+        return self.se(self.act(self.norm2(y)))  # type: ignore[misc]
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:

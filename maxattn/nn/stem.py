@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from maxattn.nn.basic import ACTIVATIONS, normed
+from maxattn.nn.basic import ACTIVATIONS
 from maxattn.nn.checkpointing import Selective
 from maxattn.nn.conv import Conv2d, Padding
 
@@ -36,4 +36,4 @@ class Stem(Selective):
         return self.part(self._second, y).permute(0, 2, 3, 1)
 
     def _second(self, y: Tensor) -> Tensor:
-        return self.conv2(normed(self.norm, self.act, y))
+        return self.conv2(self.normed(self.norm, self.act, y))

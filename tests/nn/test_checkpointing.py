@@ -14,10 +14,11 @@ from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maxattn
-from maxattn.nn import MaxViT
+from maxattn.nn import AttentionLayer, MaxAttention, MaxViT, MBConv
 from maxattn.nn.checkpointing import Checkpointing, Selective
 from maxattn.ops.naive import Naive
 from maxattn.ops.registry import registered
+from tests.nn.graphs import kept_and_recomputed
 
 
 class Counting(TorchDispatchMode):
@@ -135,3 +136,20 @@ def test_compiled_it_is_the_same(enable: Checkpointing) -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
     for (name, ours), theirs in zip(model.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
+
+
+@pytest.mark.parametrize("layer", ["mbconv", "attention"])
+def test_compiled_selective_computes_no_product_again(layer: str) -> None:
+    """And keeps less than what is kept without it; a compiler is free to keep what costs more to compute again."""
+    x = torch.randn(2, 8, 8, 16, requires_grad=True)
+
+    def kept(selective: bool) -> int:
+        torch.manual_seed(0)
+        one = MBConv(16, 16, norm="group_norm") if layer == "mbconv" else AttentionLayer(MaxAttention(16, head_dim=8))
+        one.train().selective = selective
+        sizes, called = kept_and_recomputed(one, x)
+        products = [target for target in called if "addmm" in target or "aten.convolution.default" in target]
+        assert len(products) == (2 if selective and layer == "mbconv" else 0)  # the two of squeeze-excitation
+        return sum(sizes)
+
+    assert kept(True) < 0.8 * kept(False)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maxattn.nn import gpu
+from maxattn.nn.gpu import serving
 
 
 @pytest.fixture(autouse=True)
 def kernels_serve_here(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
-        monkeypatch.setattr(gpu, "DEVICES", frozenset({"cpu"}))
+        monkeypatch.setattr(serving, "DEVICES", frozenset({"cpu"}))

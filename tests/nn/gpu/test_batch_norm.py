@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import maxattn
 from maxattn.nn import MBConv, gpu
 from maxattn.nn.basic import ACTIVATIONS
-from maxattn.nn.gpu import ops
+from maxattn.nn.gpu import batch_norm, serving
 from maxattn.testing.budget import UNITS
 
 OPERATORS = ("maxattn_nn.moments", "maxattn_nn.batch_norm_act_backward")
@@ -96,9 +96,9 @@ def test_every_activation(act: str, dtype: torch.dtype) -> None:
 def test_any_size_in_one_part_or_many(
     size: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "MERGED", {"BLOCK_P": 16, "BLOCK_C": 16})
+    monkeypatch.setattr(batch_norm, "MERGED", {"BLOCK_P": 16, "BLOCK_C": 16})
     for programs in (1, 24, 1056):
-        monkeypatch.setattr(ops, "PROGRAMS", programs)
+        monkeypatch.setattr(batch_norm, "PROGRAMS", programs)
         norm, act = layer(size[1], "gelu_tanh")
         assert_within_budget(norm, act, images(*size, dtype=dtype), images(*size, dtype=dtype, seed=1))
 
@@ -112,9 +112,11 @@ def test_a_mean_that_is_large_beside_the_deviation(deviations: float, dtype: tor
 
 
 def test_parts_fill_a_gpu_and_are_of_whole_tiles() -> None:
-    assert ops._parts(10**6, 64, 32) == (960, 1042)
-    assert ops._parts(6272, 2048, 64) == (192, 33)
-    assert ops._parts(5, 8, 32) == (32, 1)
+    assert batch_norm._parts(10**6, 64, 32) == (960, 1042)
+    assert batch_norm._parts(6272, 2048, 64) == (192, 33)
+    assert batch_norm._parts(5, 8, 32) == (32, 1)
+    assert batch_norm.parts_of_image(3136, 32) == (800, 4)
+    assert batch_norm.parts_of_image(49, 32) == (64, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -199,8 +201,8 @@ def test_a_network_trains_as_with_plain_pytorch(monkeypatch: pytest.MonkeyPatch)
         return aot_eager(graph, given)
 
     losses, statistics = [], []
-    for devices in (gpu.DEVICES, frozenset[str]()):
-        monkeypatch.setattr(gpu, "DEVICES", devices)
+    for devices in (serving.DEVICES, frozenset[str]()):
+        monkeypatch.setattr(serving, "DEVICES", devices)
         torch._dynamo.reset()
         model = copy.deepcopy(network)
         compiled = torch.compile(model, backend=look, fullgraph=True)
@@ -221,7 +223,7 @@ def test_a_network_trains_as_with_plain_pytorch(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("selective", [False, True])
 def test_a_compilers_graph_holds_both_operators(selective: bool) -> None:
-    """In training, with the running statistics; recomputed where only a layer's inputs are kept."""
+    """In training, with the running statistics; of the last norm, an operator with what follows it does the rest."""
     graphs: list[torch.fx.GraphModule] = []
 
     def look(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -240,13 +242,12 @@ def test_a_compilers_graph_holds_both_operators(selective: bool) -> None:
         found.append([x.grad, *(p.grad for p in one.parameters()), *one.buffers()])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     called = [str(node.target) for node in graphs[-1].graph.nodes]
-    if ops.COMPILED:
-        of_depthwise, of_moments, of_sums = 2, 3 * 2, 3 * 2
-        again = sum("triton_kernel_wrapper" in target for target in called) - of_depthwise - of_sums
-        assert again in ((0, of_moments) if selective else (0,))  # some compilers keep the moments
+    if batch_norm.COMPILED:
+        of_depthwise, of_sums, of_gates = 2, 3 * 2, 1
+        assert sum("triton_kernel_wrapper" in target for target in called) == of_depthwise + of_sums + of_gates
     else:
         forward, backward = (sum(f"{name}.default" in target for target in called) for name in OPERATORS)
-        assert (forward, backward) == (3 if selective else 0, 3)
+        assert (forward, backward) == (0, 2)
 
 
 @torch._dynamo.config.patch(optimize_ddp=False)
@@ -313,7 +314,7 @@ def test_an_export_holds_pytorchs_own_operators() -> None:
 def test_are_operators(act: str) -> None:
     x = images(2, 8, 3, 5)
     weight, bias = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
-    opcheck(ops.moments, (x, weight, 1e-3))
+    opcheck(batch_norm.moments, (x, weight, 1e-3))
     given = (x.clone().requires_grad_(), bias, weight, weight, weight.clone().requires_grad_(), bias, act)
-    opcheck(ops.batch_norm_act, given)
-    opcheck(ops.batch_norm_act_backward, (x, x, bias, weight, weight, bias, act))
+    opcheck(batch_norm.batch_norm_act, given)
+    opcheck(batch_norm.batch_norm_act_backward, (x, x, bias, weight, weight, bias, act))

@@ -1,29 +1,11 @@
-"""What the kernels share: activations, norms, and the matrix product."""
+"""What the kernels share: norms, and the matrix product."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from maxattn.nn.gpu.arithmetic import INTERPRETED, rounded, sigmoid
-
-
-@triton.jit
-def activate(x, ACT: tl.constexpr):
-    """The activation of that name, of fp32. GELU with tanh is `x sigmoid(2 u)`: one exponential, no tanh."""
-    if ACT == "gelu_tanh":
-        x = x * sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))  # 2 sqrt(2 / pi)
-    elif ACT == "gelu":
-        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
-    elif ACT == "silu":
-        x = x * sigmoid(x)
-    elif ACT == "relu":
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACT == "sigmoid":
-        x = sigmoid(x)
-    else:
-        tl.static_assert(ACT == "none", "unknown activation")
-    return x
+from maxattn.nn.gpu.arithmetic import INTERPRETED, rounded
 
 
 @triton.jit

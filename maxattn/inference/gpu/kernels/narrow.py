@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maxattn.inference.gpu.kernels.common import activate, dot, normed
-from maxattn.nn.gpu.arithmetic import rounded
+from maxattn.inference.gpu.kernels.common import dot, normed
+from maxattn.nn.gpu.arithmetic import activate, rounded
 
 
 @triton.jit

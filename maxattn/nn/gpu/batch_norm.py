@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maxattn.nn.gpu import kernels
+from maxattn.nn.gpu import batch_norm_kernels as kernels
 from maxattn.nn.gpu.launching import CHANNELS, COMPILED, PROGRAMS, blocks_of, launch, operator
 from maxattn.ops.devices import on_device_of
 
@@ -48,6 +48,8 @@ SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """The gradient before each activation, of that after it and of what went in."""
 ROWS_OF_MOMENTS, ROWS_OF_SUMS = 64, 32
 """Of a tile."""
+MOST_ROWS = 1024
+"""About, of a part where parts are of one image each."""
 MERGED = {"BLOCK_P": 256, "BLOCK_C": 16}
 """Parts and channels of a tile where the sums of parts are added up."""
 
@@ -59,8 +61,8 @@ def moments(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tens
     """
     C, M = x.shape[1], x.numel() // x.shape[1]
     rows, parts = _parts(M, C, ROWS_OF_MOMENTS)
-    means, squares = (_of_channels(x, parts) for _ in range(2))
-    mean, var, rstd, scale = (_of_channels(x) for _ in range(4))
+    means, squares = (of_channels(x, parts) for _ in range(2))
+    mean, var, rstd, scale = (of_channels(x) for _ in range(4))
     with on_device_of(x):
         launch(kernels.moments, parts, blocks_of(C, CHANNELS))(
             x, means, squares, M, C, rows, BLOCK_M=ROWS_OF_MOMENTS, BLOCK_C=CHANNELS
@@ -79,7 +81,7 @@ def batch_norm_act(
 
     `scale` is `rstd * weight`, and its gradient goes to weight. That of x goes through the moments too.
     """
-    z = (x.float() - _each(mean)) * _each(scale) + _each(bias)
+    z = (x.float() - each(mean)) * each(scale) + each(bias)
     return ACTIVATIONS[act](z).to(x.dtype)
 
 
@@ -88,21 +90,37 @@ def batch_norm_act_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, bias: Tensor, act: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of x, like x, and those of weight and bias, `(C)` in fp32, from `dy (B, C, H, W)` of the output."""
-    dy, C, M = dy.contiguous(memory_format=torch.channels_last), x.shape[1], x.numel() // x.shape[1]
-    rows, parts = _parts(M, C, ROWS_OF_SUMS)
-    of_gradient, of_product = (_of_channels(x, parts) for _ in range(2))
-    dweight, dbias, along_x, along_1 = (_of_channels(x) for _ in range(4))
+    return norm_gradients(dy.contiguous(memory_format=torch.channels_last), x, mean, rstd, scale, bias, act)
+
+
+def norm_gradients(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    act: str,
+    gates: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a channels-last dy, or of `dy gate + shift` with these as `gates`, `(B, C)` each."""
+    (B, C, H, W), images = x.shape, 1 if gates is None else x.shape[0]
+    M = B * H * W if gates is None else H * W
+    rows, per = _parts(M, C, ROWS_OF_SUMS) if gates is None else parts_of_image(M, ROWS_OF_SUMS)
+    of_gradient, of_product = (of_channels(x, images * per) for _ in range(2))
+    dweight, dbias, along_x, along_1 = (of_channels(x) for _ in range(4))
     with on_device_of(x):
-        launch(kernels.sums, parts, blocks_of(C, CHANNELS))(
-            x, dy, mean, scale, bias, of_gradient, of_product, M, C, rows,
-            ACT=act, BLOCK_M=ROWS_OF_SUMS, BLOCK_C=CHANNELS, STAGES=3,
+        launch(kernels.sums, images * per, blocks_of(C, CHANNELS))(
+            x, dy, mean, scale, bias, *(gates or (scale, scale)), of_gradient, of_product, M, C, rows, per,
+            ACT=act, GATED=gates is not None, BLOCK_M=ROWS_OF_SUMS, BLOCK_C=CHANNELS, STAGES=3,
         )  # fmt: skip
         launch(kernels.merge_sums, blocks_of(C, MERGED["BLOCK_C"]))(
-            of_gradient, of_product, rstd, scale, dweight, dbias, along_x, along_1, parts, M, C, **MERGED
+            of_gradient, of_product, rstd, scale, dweight, dbias, along_x, along_1, images * per, B * H * W, C, **MERGED
         )  # fmt: skip
-    distance = x.float() - _each(mean)  # as forward, so that a compiler that computes both does it once
-    g = SLOPES[act](dy.float(), distance * _each(scale) + _each(bias))
-    dx = _each(scale) * g - _each(along_1) - distance * _each(along_x)
+    after = dy.float() if gates is None else dy.float() * each(gates[0].float()) + each(gates[1])
+    distance = x.float() - each(mean)  # as forward, so that a compiler that computes both does it once
+    g = SLOPES[act](after, distance * each(scale) + each(bias))
+    dx = each(scale) * g - each(along_1) - distance * each(along_x)
     return dx.to(x.dtype), dweight, dbias
 
 
@@ -124,7 +142,7 @@ if not COMPILED:
 
     @moments.register_fake  # type: ignore[untyped-decorator]
     def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
-        return tuple(_of_channels(x) for _ in range(4))
+        return tuple(of_channels(x) for _ in range(4))
 
     @batch_norm_act.register_fake  # type: ignore[untyped-decorator]
     def _(x: Tensor, *_: Any) -> Tensor:
@@ -132,17 +150,23 @@ if not COMPILED:
 
     @batch_norm_act_backward.register_fake  # type: ignore[untyped-decorator]
     def _(dy: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(x), _of_channels(x), _of_channels(x)
+        return torch.empty_like(x), of_channels(x), of_channels(x)
 
 
-def _each(of_channels: Tensor) -> Tensor:
-    """`(C, 1, 1)`, for each pixel of an image."""
-    return of_channels.view(-1, 1, 1)
+def each(of_channels: Tensor) -> Tensor:
+    """`(..., C, 1, 1)` of `(..., C)`: for each pixel of an image."""
+    return of_channels.view(*of_channels.shape, 1, 1)
 
 
-def _of_channels(x: Tensor, *parts: int) -> Tensor:
+def of_channels(x: Tensor, *parts: int) -> Tensor:
     """`(*parts, C)` of fp32, to be filled."""
     return x.new_empty(*parts, x.shape[1], dtype=torch.float32)
+
+
+def parts_of_image(M: int, tile: int) -> tuple[int, int]:
+    """Rows of a part of an image of M, a multiple of a tile's, and how many parts it has; of however many images."""
+    rows = tile * blocks_of(blocks_of(M, blocks_of(M, MOST_ROWS)), tile)
+    return rows, blocks_of(M, rows)
 
 
 def _parts(M: int, C: int, rows: int) -> tuple[int, int]:

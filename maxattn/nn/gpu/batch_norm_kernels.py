@@ -1,4 +1,4 @@
-"""The sums over pixels of a batch norm with the activation after it, forward and backward. In Triton.
+"""The sums over pixels of a batch norm with what comes after it, forward and backward. In Triton.
 
 Rows are pixels: `(M, C)` is a channels-last batch of images. They are summed in parts of as many rows each, by one
 program and in a fixed order, so that results are the same in every run.
@@ -9,26 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from maxattn.nn.gpu.arithmetic import rounded, sigmoid
-
-
-@triton.jit
-def before(dy, x, ACT: tl.constexpr):
-    """The gradient before an activation of x, from `dy` after it; GELU with tanh is `x sigmoid(2 u)`."""
-    if ACT == "gelu_tanh":
-        s = sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
-        g = dy * (s + x * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * x * x)))
-    elif ACT == "gelu":
-        g = dy * (0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x))
-    elif ACT == "silu":
-        s = sigmoid(x)
-        g = dy * (s + x * s * (1.0 - s))
-    elif ACT == "relu":
-        g = tl.where(x <= 0.0, 0.0, dy)
-    else:
-        tl.static_assert(ACT == "none", "unknown activation")
-        g = dy
-    return g
+from maxattn.nn.gpu.arithmetic import activate, before, rounded
 
 
 @triton.jit
@@ -88,29 +69,77 @@ def merge_moments(
 
 
 @triton.jit
+def rows_of(part, M, ROWS, PER):
+    """Where the part's rows start, and how many there are: PER parts an image, which has M rows."""
+    image, first = part // PER, (part % PER) * ROWS
+    return image, image.to(tl.int64) * M + first, tl.minimum(ROWS, M - first)
+
+
+@triton.jit
 def sums(
-    x, dy, mean, scale, bias, of_gradient, of_product, M, C, ROWS,
-    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    x, dy, mean, scale, bias, gate, shift, of_gradient, of_product, M, C, ROWS, PER,
+    ACT: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`of_gradient, of_product (parts, C)`: sums of g, the gradient before the activation, and of `g (x - mean)`."""
+    """`of_gradient, of_product (parts, C)`: sums of g, the gradient before the activation, and of `g (x - mean)`.
+
+    The gradient after the activation is dy, or with GATED `dy gate + shift`, of which those are `(images, C)`.
+    """
     part, channel = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    exists, rows = channel < C, tl.minimum(ROWS, M - part * ROWS)
-    x += part.to(tl.int64) * ROWS * C
-    dy += part.to(tl.int64) * ROWS * C
+    exists = channel < C
+    image, first, rows = rows_of(part, M, ROWS, PER)
+    x += first * C
+    dy += first * C
     centre = tl.load(mean + channel, mask=exists, other=0.0)[None, :]
     factor = tl.load(scale + channel, mask=exists, other=0.0)[None, :]
     b = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        by = tl.load(gate + image * C + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+        more = tl.load(shift + image * C + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
     alone, product = tl.zeros((BLOCK_M, BLOCK_C), tl.float32), tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     row = tl.arange(0, BLOCK_M)
     at = row[:, None] * C + channel[None, :]
     for start in tl.range(0, rows, BLOCK_M, num_stages=STAGES):
         inside = (start + row < rows)[:, None] & exists[None, :]
         distance = tl.load(x + start * C + at, mask=inside, other=0.0).to(tl.float32) - centre
-        g = before(tl.load(dy + start * C + at, mask=inside, other=0.0).to(tl.float32), distance * factor + b, ACT)
+        after = tl.load(dy + start * C + at, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            after = tl.where(inside, after * by + more, 0.0)
+        g = before(after, distance * factor + b, ACT)
         alone += g
         product += g * distance
     tl.store(of_gradient + part * C + channel, tl.sum(alone, 0), mask=exists)
     tl.store(of_product + part * C + channel, tl.sum(product, 0), mask=exists)
+
+
+@triton.jit
+def gate_backward(
+    dy, x, mean, scale, bias, gate, y, of_gate, M, C, ROWS, PER,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of `y = a gate`, a the activation of the norm of x: y again, and `of_gate (parts, C)`, the sums of `dy a`.
+
+    `gate` is `(images, C)`.
+    """
+    part, channel = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    exists = channel < C
+    image, first, rows = rows_of(part, M, ROWS, PER)
+    x += first * C
+    dy += first * C
+    y += first * C
+    centre = tl.load(mean + channel, mask=exists, other=0.0)[None, :]
+    factor = tl.load(scale + channel, mask=exists, other=0.0)[None, :]
+    b = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+    by = tl.load(gate + image * C + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    row = tl.arange(0, BLOCK_M)
+    at = row[:, None] * C + channel[None, :]
+    for start in tl.range(0, rows, BLOCK_M, num_stages=STAGES):
+        inside = (start + row < rows)[:, None] & exists[None, :]
+        distance = tl.load(x + start * C + at, mask=inside, other=0.0).to(tl.float32) - centre
+        a = rounded(activate(distance * factor + b, ACT), y.dtype.element_ty).to(tl.float32)
+        tl.store(y + start * C + at, rounded(a * by, y.dtype.element_ty), mask=inside)
+        total += a * tl.load(dy + start * C + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(of_gate + part * C + channel, tl.sum(total, 0), mask=exists)
 
 
 @triton.jit
