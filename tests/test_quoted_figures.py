@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from maxattn.bench.dispatch import ADDED
 from maxattn.bench.results import Result, Row
 from maxattn.bench.tables import slopes
-from maxattn.ops.contract import Problem
+from maxattn.ops.contract import Axis, MeasuredSpeed, Problem
 from maxattn_flash_attn import backend as flash_attn
 from maxattn_flex import backend as flex
 from maxattn_triton import backend
@@ -36,11 +37,11 @@ def rows_of(machine: str, kind: str, **case: Any) -> list[Row]:
     return [row for row in rows if row.time is not None and case.items() <= row.case.items()]
 
 
-def microseconds(size: int, window: int, what: str, candidate: str, bias: str) -> float:
-    """NaN for what `flash_attn` was not able to, or not timed at."""
-    case = {"size": size, "window": window, "axis": "block", "bias": bias, "pass": what}
+def microseconds(size: int, window: int, what: str, candidate: str, bias: str, axis: str = "block") -> float:
+    """NaN for what `flash_attn` was not able to, and for what `xformers` was not timed at."""
+    case = {"size": size, "window": window, "axis": axis, "bias": bias, "pass": what}
     times = [row.time for row in rows_of("nvidia-h200", "op", **case) if row.candidate == candidate]
-    assert len(times) == 1 or candidate == "flash_attn"
+    assert len(times) == 1 or candidate == "flash_attn" or (candidate, axis) == ("xformers", "grid")
     return times[0].median * 1e6 if times and times[0] else math.nan
 
 
@@ -129,13 +130,10 @@ def test_the_guide_quotes_how_fast_networks_are() -> None:
     step = rows_of("nvidia-h200", "train")
     mib = {row.candidate: row.mib for row in step if row.mib is not None}
 
-    def share(ours: str, mode: str) -> str:
-        return f"{mib[f'maxattn, {ours}{mode}'] / mib[f'timm, channels-last, {mode}']:.2f}"
+    def share(mode: str) -> str:
+        return f"{mib[f'maxattn, {mode}'] / mib[f'timm, channels-last, {mode}']:.2f}"
 
     recorded, graphless = (times_as_fast(step, mode, "timm") for mode in ("recorded", "compiled"))
-    beside = float(result("nvidia-h200", "train").settings["timm_beside_selective_ms"]) / 1e3
-    (chosen,) = (row.time.median for row in step if row.time and row.candidate == "maxattn, selective, recorded")
-    selective = f"{beside / chosen:.2f}"
     one, eight = (rows_of("amd-epyc-2-cores", "model", img_size=224, dtype="float32", batch=n) for n in (1, 8))
     others = [
         [
@@ -164,9 +162,9 @@ def test_the_guide_quotes_how_fast_networks_are() -> None:
         f"MaxViT-B at 384, the same, as timm | {against(2.5, times_as_fast(base, 'compiled', 'timm'))}",
         f"MaxViT-T at 512, the same | {against(2.5, times_as_fast(large, 'compiled', 'timm'))}",
         f"batch 128: times as fast as timm, as CUDA graphs too | {against(1.6, recorded)}",
-        f"its peak memory, as a share of timm's | 0.6 | {share('', 'recorded')}, missed |",
-        f"checkpointing: speed, memory | 1.6, 0.6 | {selective}, missed, {share('selective, ', 'recorded')} |",
-        f"without CUDA graphs: speed, memory | 1.6, 0.6 | {graphless}, {share('', 'compiled')}, both missed |",
+        f"its peak memory, as a share of timm's | 0.6 | {share('recorded')}, missed |",
+        f"compiled without CUDA graphs: its peak memory | 0.6 | {share('compiled')} |",
+        f"| its speed, of older code | 1.6 | {graphless}, missed |",
         f"batch 1: eager, compiled | 1.5 | {', '.join(on_cpu[0])}, missed compiled |",
         f"| batch 8 | 1.5 | {', '.join(on_cpu[1])}, missed compiled |",
         f"| in bf16, eager, batches 1 and 8 | - | {', '.join(others[0])} |",
@@ -199,54 +197,64 @@ def test_the_guide_quotes_what_a_training_step_spends() -> None:
     assert not [one for one in quoted if one not in text], quoted
 
 
-MEASURED = {
+AXES: tuple[Axis, ...] = ("block", "grid")
+MEASURED: dict[str, dict[Axis, MeasuredSpeed]] = {
     "triton": backend.MEASURED,
-    "flex": flex.MEASURED,
-    "xformers": xformers.MEASURED,
-    "flash_attn": flash_attn.MEASURED,
+    "flex": dict.fromkeys(AXES, flex.MEASURED),
+    "xformers": dict.fromkeys(AXES, xformers.MEASURED),
+    "flash_attn": dict.fromkeys(AXES, flash_attn.MEASURED),
 }
+TIE = 0.03
+"""By how much what is chosen first may be the slower one: 1 in 30, to which times of two runs agree."""
 LIFTED = 224
 """Tokens up to which a bias fits flash-attn's head dims beside 32 channels."""
 TOKENS = {"up to 49": 7, "to 64": 8, "to 144": 12, "to 256": 16, "more": 28}
 
 
-def problem_of(window: int, bias: str, what: str) -> Problem:
+def problem_of(window: int, bias: str, what: str, axis: Axis = "block") -> Problem:
     return Problem(
-        axis="block", window=(window, window), batch=1, height=window, width=window, heads=1, head_dim=32,
+        axis=axis, window=(window, window), batch=1, height=window, width=window, heads=1, head_dim=32,
         bias=torch.float32 if bias == "float32" else None, requires_grad=what == "training",
     )  # fmt: skip
 
 
-def automatic_order(window: int, bias: str, what: str) -> list[str]:
+def automatic_order(window: int, bias: str, what: str, axis: Axis = "block") -> list[str]:
     """The backends for a GPU, the one that is chosen first."""
-    problem = problem_of(window, bias, what)
+    problem = problem_of(window, bias, what, axis)
     able = {name for name in MEASURED if name != "flash_attn" or problem.bias is None or problem.tokens <= LIFTED}
-    speeds = {"sdpa": 1.0} | {name: MEASURED[name].of(problem) for name in able}
+    speeds = {"sdpa": 1.0} | {name: MEASURED[name][axis].of(problem) for name in able}
     return sorted(speeds, key=lambda name: -speeds[name])
 
 
+@pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("what", PASSES)
 @pytest.mark.parametrize("bias", ["float32", "none"])
 @pytest.mark.parametrize(("size", "window"), SHAPES)
-def test_the_automatic_order_is_that_of_the_measurements(size: int, window: int, bias: str, what: str) -> None:
-    order = automatic_order(window, bias, what)
-    order = [name for name in order if not math.isnan(microseconds(size, window, what, name, bias))]
-    assert order == sorted(order, key=lambda name: microseconds(size, window, what, name, bias))
+def test_the_automatic_order_is_that_of_the_measurements(
+    size: int, window: int, bias: str, what: str, axis: Axis
+) -> None:
+    order = automatic_order(window, bias, what, axis)
+    times = [microseconds(size, window, what, name, bias, axis) for name in order]
+    timed = [time for time in times if not math.isnan(time)]
+    assert len(timed) >= 3
+    assert all(first <= second * (1 + TIE) for first, second in pairwise(timed)), dict(zip(order, times, strict=True))
 
 
+@pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("what", PASSES)
 @pytest.mark.parametrize("bias", ["float32", "none"])
 @pytest.mark.parametrize("name", MEASURED)
-def test_speeds_are_those_of_the_measurements(name: str, bias: str, what: str) -> None:
+def test_speeds_are_those_of_the_measurements(name: str, bias: str, what: str, axis: Axis) -> None:
     """One for all windows of as many tokens: not less than the least of them, nor more than the most."""
     found: dict[float, list[float]] = {}
     for size, window in SHAPES:
         if name != "flash_attn" or bias == "none" or window**2 <= LIFTED:
-            told = MEASURED[name].of(problem_of(window, bias, what))
-            seen = microseconds(size, window, what, "sdpa", bias) / microseconds(size, window, what, name, bias)
-            found.setdefault(told, []).extend([] if math.isnan(seen) else [seen])
+            told = MEASURED[name][axis].of(problem_of(window, bias, what, axis))
+            seen, own = (microseconds(size, window, what, one, bias, axis) for one in ("sdpa", name))
+            found.setdefault(told, []).extend([] if math.isnan(own) else [seen / own])
     for told, seen_of_it in found.items():
-        assert min(seen_of_it) - 0.05 * told <= told <= max(seen_of_it) + 0.05 * told, (told, seen_of_it)
+        if seen_of_it:
+            assert min(seen_of_it) - 0.05 * told <= told <= max(seen_of_it) + 0.05 * told, (told, seen_of_it)
 
 
 def test_the_guide_tells_the_automatic_order() -> None:
@@ -257,3 +265,12 @@ def test_the_guide_tells_the_automatic_order() -> None:
         cells = [", ".join(f"`{name}`" for name in order[1:]) for order in orders]
         lines.append(f"| {told} | {' | '.join(cells)} |")
     assert_quoted(lines, "docs/guide/backends.md")
+    differ = [
+        (window, bias, what)
+        for window in TOKENS.values()
+        for bias in ("float32", "none")
+        for what in PASSES
+        if automatic_order(window, bias, what, "grid") != automatic_order(window, bias, what)
+    ]
+    assert differ == [(28, "none", "training")]
+    assert automatic_order(28, "none", "training", "grid")[:2] == ["flash_attn", "triton"]

@@ -178,12 +178,13 @@ def test_4_is_chosen_before_sdpa_where_it_was_measured_to_be_faster(monkeypatch:
         assert maxattn.explain(problem).backend == chosen
 
 
-@pytest.mark.parametrize(("versions", "dropout"), [(ALL, True), ({3: "", 4: ""}, False), ({}, True)])
-def test_dropout_is_declared_where_a_generation_may_have_it(
-    versions: dict[int, str], dropout: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("versions", "declared"), [(ALL, True), ({3: "", 4: ""}, False), ({}, True)])
+def test_what_only_one_generation_has_is_declared_where_that_may_be(
+    versions: dict[int, str], declared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     have(versions, monkeypatch)
-    assert FlashAttn().capabilities.dropout == dropout
+    capabilities = FlashAttn().capabilities
+    assert (capabilities.dropout, capabilities.compile) == (declared, declared)
 
 
 def attention(qkv: Tensor, scale: float) -> Tensor:

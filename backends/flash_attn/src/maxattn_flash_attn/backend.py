@@ -14,7 +14,7 @@ from torch import Tensor
 from maxattn.ops.contract import Backend, Capabilities, MeasuredSpeed, Problem, Reason
 from maxattn.ops.windows import for_each_size, fused, positive_scale
 from maxattn_flash_attn import generations, kernels
-from maxattn_flash_attn.generations import FOUR, LARGEST_HEAD_DIM, MULTIPLE, PREFERRED, TWO, Generation
+from maxattn_flash_attn.generations import ALL, FOUR, LARGEST_HEAD_DIM, MULTIPLE, PREFERRED, Generation
 from maxattn_flash_attn.lift import SMALLEST_SCALE, lift
 
 CAPABILITIES = Capabilities(
@@ -30,7 +30,7 @@ CAPABILITIES = Capabilities(
 NOT_MEASURED = 0.3
 """Below all that were, so that what was not is never chosen before."""
 MEASURED = MeasuredSpeed(
-    inference=((49, 0.63), (64, 0.38), (inf, 0.32)),
+    inference=((49, 0.63), (64, 0.39), (inf, 0.32)),
     training=((49, 0.41), (64, 0.42), (inf, 0.58)),
     inference_without_bias=((64, 0.78), (144, 1.15), (256, 0.84), (inf, 1.17)),
     training_without_bias=((49, 1.02), (64, 1.06), (144, 1.27), (256, 1.24), (inf, 1.41)),
@@ -56,9 +56,12 @@ class FlashAttn(Backend):
 
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
-        """Dropout only where the generation that has it may be: declared and always declined it would mislead."""
+        """What only some generations have, only where one of them may be: always declined it would mislead."""
         numbers = [number for number, _ in generations.installed()]
-        return replace(CAPABILITIES, dropout=not numbers or TWO.number in numbers)
+        there = [one for one in ALL if one.number in numbers or not numbers]
+        return replace(
+            CAPABILITIES, dropout=any(one.dropout for one in there), compile=any(one.compile for one in there)
+        )
 
     def generations(self, problem: Problem) -> list[Generation]:
         """The installed generations for the GPU of `problem`, as they are tried."""

@@ -114,7 +114,7 @@ FOUR = Generation(
     compiler="nvidia-cutlass-dsl",
     compiler_for_gradients={9: (4, 8)},  # 4.0.0b36 on an H200: not with 4.6.2 and 4.6.3, but with 4.8.1
 )
-
+ALL = (TWO, THREE, FOUR)
 PREFERRED = {8: (TWO,), 9: (FOUR, THREE, TWO), 10: (FOUR, TWO), 11: (FOUR, TWO), 12: (TWO, FOUR)}
 """By the major compute capability: the generations for it, in the order in which they are tried.
 
@@ -132,7 +132,7 @@ def installed() -> tuple[tuple[int, str], ...]:
 
 @cache
 def _installed() -> tuple[tuple[int, str], ...]:
-    found = [(one, installed_version(one.distribution)) for one in (TWO, THREE, FOUR) if has_module(one.module)]
+    found = [(one, installed_version(one.distribution)) for one in ALL if has_module(one.module)]
     return tuple((one.number, version) for one, version in found if version or one is not FOUR)
 
 
