@@ -137,11 +137,16 @@ def _serves(x: Tensor, *modules: nn.Module) -> bool:
         and x.dtype in DTYPES
         and x.numel() > 0
         and x.permute(0, 2, 3, 1).is_contiguous()
-        and all(_unchanged(module) for module in modules)
+        and all(_unchanged(module) and _plain(module) for module in modules)
         and not transformed()
         and not exporting()
         and runs_triton(x.device)
     )
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether its parameters are PyTorch's own, and none of a subclass, which may be sharded or quantized."""
+    return all(one is None or type(one) in (Tensor, nn.Parameter) for one in module._parameters.values())
 
 
 def _multiplies(layer: nn.Module, x: Tensor) -> bool:

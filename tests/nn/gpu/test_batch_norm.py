@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import maxattn
 from maxattn.nn import MBConv, gpu
 from maxattn.nn.basic import ACTIVATIONS
+from maxattn.nn.checkpointing import Checkpointing
 from maxattn.nn.gpu import batch_norm, serving
 from maxattn.testing.budget import UNITS
 
@@ -219,6 +220,24 @@ def test_a_network_trains_as_with_plain_pytorch(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(*statistics, rtol=1e-3, atol=1e-3)
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
     assert sum("maxattn_nn.moments" in target for target in called) == norms
+
+
+@pytest.mark.parametrize("enable", [False, "selective", True])
+def test_gradients_are_those_of_eager_code(enable: Checkpointing) -> None:
+    """Whatever is computed again, of a network whose layers all have kernels here."""
+    torch.manual_seed(0)
+    spec = {"stem": {"width": 8}, "stages": [{"width": 16, "depth": 2}], "head_dim": 8, "window": 7, "num_classes": 5}
+    network = maxattn.build(spec).to(DEVICE).train()
+    plain, x = copy.deepcopy(network), images(2, 3, 28, 28)
+    network.set_grad_checkpointing(enable)
+    torch._dynamo.reset()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        torch.compile(network, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+        plain(x).square().sum().backward()
+    for (name, ours), theirs in zip(network.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
+    for (name, ours), theirs in zip(network.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("selective", [False, True])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.library import opcheck
+from torch.testing._internal.two_tensor import TwoTensor
 
 from maxattn.nn import AttentionLayer, MaxAttention, gpu
 from maxattn.nn.basic import ACTIVATIONS
@@ -147,9 +148,10 @@ def test_what_it_does_not_serve_is_left_to_pytorch(monkeypatch: pytest.MonkeyPat
     def serves(layers: Layers, x: Tensor = x) -> bool:
         return gpu.serves_mlp(layers.norm, layers.first, layers.act, layers.second, x)
 
-    def changed(name: str, module: nn.Module | None) -> Layers:
+    def changed(name: str, value: nn.Module | nn.Parameter) -> Layers:
         other = copy.deepcopy(layers)
-        setattr(other, name, module)
+        owner, _, last = name.rpartition(".")
+        setattr(other.get_submodule(owner), last, value)
         return other
 
     assert not serves(layers)
@@ -166,6 +168,8 @@ def test_what_it_does_not_serve_is_left_to_pytorch(monkeypatch: pytest.MonkeyPat
     assert not serves(changed("second", type("Other", (nn.Linear,), {})(72, 24)))
     assert not serves(changed("act", nn.Tanh()))
     assert not serves(changed("first", nn.utils.parametrizations.weight_norm(nn.Linear(24, 72))))
+    weight = layers.second.weight.detach()
+    assert not serves(changed("second.weight", nn.Parameter(TwoTensor(weight, weight))))
     for module in (layers.norm, layers.first, layers.act, layers.second):
         hook = module.register_forward_hook(lambda *given: None)
         assert not serves(layers)
