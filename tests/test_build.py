@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import maxattn
-from maxattn.nn import Downsample, MaxViT, MBConv, RelPosTable
+from maxattn.nn import AttentionLayer, Downsample, MaxViT, MBConv, RelPosTable
+from maxattn.nn.checkpointing import Checkpointing
 
 SMALL = {
     "in_chans": 2,
@@ -33,6 +34,25 @@ def test_any_height_and_width_just_work(height: int, width: int) -> None:
     maps = model.features(torch.randn(1, 2, height, width))
     assert [tuple(x.shape[2:]) for x in maps] == [(-(-height // s), -(-width // s)) for s in (2, 4, 8)]
     assert model(torch.randn(1, 2, height, width)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("enable", [False, "selective", True])
+def test_a_hook_on_any_module_is_called(enable: Checkpointing) -> None:
+    model, called = small().train(), set[str]()
+    model.set_grad_checkpointing(enable)
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    model(torch.randn(2, 2, 12, 12))
+    assert {name for name, _ in model.named_modules()} - lists == called
+
+
+def test_other_modules_may_take_the_place_of_attention_and_mlp() -> None:
+    model, x = small().train(), torch.randn(2, 2, 12, 12)
+    for module in model.modules():
+        if isinstance(module, AttentionLayer):
+            module.attn, module.mlp = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+    assert model(x).shape == (2, 5)
 
 
 @pytest.mark.parametrize("padding", ["same", "symmetric"])

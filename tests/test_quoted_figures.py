@@ -164,7 +164,7 @@ def test_the_guide_quotes_how_fast_networks_are() -> None:
         f"batch 128: times as fast as timm, as CUDA graphs too | {against(1.6, recorded)}",
         f"its peak memory, as a share of timm's | 0.6 | {share('recorded')}, missed |",
         f"compiled without CUDA graphs: its peak memory | 0.6 | {share('compiled')} |",
-        f"| its speed, of older code | 1.6 | {graphless}, missed |",
+        f"| its speed, measured before the latest operators | 1.6 | {graphless}, missed |",
         f"batch 1: eager, compiled | 1.5 | {', '.join(on_cpu[0])}, missed compiled |",
         f"| batch 8 | 1.5 | {', '.join(on_cpu[1])}, missed compiled |",
         f"| in bf16, eager, batches 1 and 8 | - | {', '.join(others[0])} |",
@@ -177,7 +177,7 @@ def test_the_guide_quotes_how_fast_networks_are() -> None:
     assert_quoted(quoted, "docs/guide/performance.md")
     inference = [float(times_as_fast(rows, "compiled", "timm")) for rows in (tiny, base, large)]
     training = float(times_as_fast(step, "recorded", "timm"))
-    in_short = [f"{min(inference):.1f} to {max(inference):.1f} times as fast in inference, {training:.1f} times in"]
+    in_short = [f"{min(inference):.1f} to {max(inference):.1f} times as fast in inference, {training:.2f} times in"]
     assert_quoted(in_short, "README.md")
 
 

@@ -88,10 +88,11 @@ AGAIN = """\
     maxattn bench report docs/benchmarks                # the pages alone, from the JSON"""
 ADVICE = (
     "`maxattn bench --help` names the measurements, and the help of each its options. A result replaces the older "
-    "one of the same machine and kind; those of other machines stay. Measure on a machine that does nothing else. "
-    "Threads are those of `OMP_NUM_THREADS`. On Linux, PyTorch on a CPU takes large tensors from the system anew "
-    "each time, which favours whoever allocates less; the variables of the C library that change this are in the "
-    "stamp."
+    "one of the same machine and kind; those of other machines stay. Every backend that is installed is measured: "
+    "`make bench` installs `triton` and `flex` for a GPU, others are to be added by hand. Measure on a machine that "
+    "does nothing else. Threads are those of `OMP_NUM_THREADS`. On Linux, PyTorch on a CPU takes large tensors from "
+    "the system anew each time, which favours whoever allocates less; the variables of the C library that change "
+    "this are in the stamp."
 )
 
 

@@ -158,7 +158,7 @@ class AttentionLayer(Selective):
 
     def _attended(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         """x again, and its update."""
-        if self.watched():
+        if type(self.attn) is not MaxAttention or not gpu.unchanged(self.attn):
             return x_BHWC, self.attn(self.norm1(x_BHWC))
         if gpu.serves_norm_linear(self.norm1, self.attn.qkv, x_BHWC):
             x_BHWC, y_BHWC = gpu.norm_linear(self.norm1, self.attn.qkv, x_BHWC)  # type: ignore[arg-type]
@@ -171,6 +171,8 @@ class AttentionLayer(Selective):
 
     def _fed(self, x_BHWC: Tensor, norm: nn.Module, mlp: MLP) -> tuple[Tensor, Tensor]:
         """x again, and its update."""
+        if type(mlp) is not MLP or not gpu.unchanged(mlp):
+            return x_BHWC, mlp(norm(x_BHWC))
         random = mlp.drop.p > 0
         if not random and gpu.serves_mlp(norm, mlp.fc1, mlp.act, mlp.fc2, x_BHWC):
             return gpu.mlp(norm, mlp.fc1, mlp.act, mlp.fc2, x_BHWC)  # type: ignore[arg-type]

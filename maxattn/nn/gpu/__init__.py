@@ -8,6 +8,7 @@ from maxattn.nn.gpu.serving import (
     serves_mlp,
     serves_norm_linear,
     serves_squeeze_excite,
+    unchanged,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "serves_norm_linear",
     "serves_squeeze_excite",
     "squeeze_excite_conv",
+    "unchanged",
 ]

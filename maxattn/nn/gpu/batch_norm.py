@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maxattn.nn.gpu import batch_norm_kernels as kernels
-from maxattn.nn.gpu.launching import CHANNELS, COMPILED, PROGRAMS, blocks_of, launch, operator
+from maxattn.nn.gpu.launching import CHANNELS, COMPILED, PROGRAMS, blocks_of, launch, operator, parts_of
 from maxattn.ops.devices import on_device_of
 
 TWICE, CUBIC = 1.5957691216057308, 0.044715
@@ -60,7 +60,7 @@ def moments(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tens
     times `weight (C)`; each `(C)` in fp32, without a gradient.
     """
     C, M = x.shape[1], x.numel() // x.shape[1]
-    rows, parts = _parts(M, C, ROWS_OF_MOMENTS)
+    rows, parts = parts_of(M, ROWS_OF_MOMENTS, PROGRAMS // blocks_of(C, CHANNELS))
     means, squares = (of_channels(x, parts) for _ in range(2))
     mean, var, rstd, scale = (of_channels(x) for _ in range(4))
     with on_device_of(x):
@@ -104,9 +104,13 @@ def norm_gradients(
     gates: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same of a channels-last dy, or of `dy gate + shift` with these as `gates`, `(B, C)` each."""
-    (B, C, H, W), images = x.shape, 1 if gates is None else x.shape[0]
-    M = B * H * W if gates is None else H * W
-    rows, per = _parts(M, C, ROWS_OF_SUMS) if gates is None else parts_of_image(M, ROWS_OF_SUMS)
+    B, C, H, W = x.shape
+    if gates is None:
+        images, M = 1, B * H * W
+        rows, per = parts_of(M, ROWS_OF_SUMS, PROGRAMS // blocks_of(C, CHANNELS))
+    else:
+        images, M = B, H * W
+        rows, per = parts_of_image(M, ROWS_OF_SUMS)
     of_gradient, of_product = (of_channels(x, images * per) for _ in range(2))
     dweight, dbias, along_x, along_1 = (of_channels(x) for _ in range(4))
     with on_device_of(x):
@@ -164,13 +168,5 @@ def of_channels(x: Tensor, *parts: int) -> Tensor:
 
 
 def parts_of_image(M: int, tile: int) -> tuple[int, int]:
-    """Rows of a part of an image of M, a multiple of a tile's, and how many parts it has; of however many images."""
-    rows = tile * blocks_of(blocks_of(M, blocks_of(M, MOST_ROWS)), tile)
-    return rows, blocks_of(M, rows)
-
-
-def _parts(M: int, C: int, rows: int) -> tuple[int, int]:
-    """Rows of a part, a multiple of a tile's `rows`, and how many parts there are."""
-    wanted = max(1, PROGRAMS // blocks_of(C, CHANNELS))
-    rows = rows * blocks_of(blocks_of(M, wanted), rows)
-    return rows, blocks_of(M, rows)
+    """Rows of a part of an image of M, whole tiles of them, and how many parts it has; of however many images."""
+    return parts_of(M, tile, blocks_of(M, MOST_ROWS))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maxattn.nn.gpu import depthwise_kernels as kernels
-from maxattn.nn.gpu.launching import CHANNELS, COMPILED, PROGRAMS, blocks_of, launch, operator
+from maxattn.nn.gpu.launching import CHANNELS, COMPILED, PROGRAMS, blocks_of, launch, operator, parts_of
 from maxattn.ops.devices import on_device_of
 
 COLUMNS = {3: 8, 5: 8, 7: 4}
@@ -115,7 +115,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, kernel: int, stride: int, top: int, 
     (B, C, H, W), (oh, ow), kernel = x.shape, dy.shape[2:], int(kernel)
     columns, channels = _block(kernel, ow)
     tiles, blocks = B * _tiles(oh, ow, ROWS[stride], columns), blocks_of(C, channels)
-    each, parts = _parts(tiles, blocks)
+    each, parts = parts_of(tiles, 1, PROGRAMS // blocks)
     sums = x.new_empty(parts, kernel**2, C, dtype=torch.float32)
     with on_device_of(x):
         launch(kernels.weight_gradient, parts * blocks)(
@@ -147,9 +147,3 @@ def _block(kernel: int, width: int) -> tuple[int, int]:
 def _tiles(height: int, width: int, rows: int, columns: int) -> int:
     """How many an image has."""
     return blocks_of(height, rows) * blocks_of(width, columns)
-
-
-def _parts(tiles: int, blocks: int) -> tuple[int, int]:
-    """Tiles of a part, and how many parts there are, of so many blocks of channels each."""
-    each = blocks_of(tiles, max(1, PROGRAMS // blocks))
-    return each, blocks_of(tiles, each)

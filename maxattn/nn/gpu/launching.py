@@ -31,3 +31,14 @@ def blocks_of(size: int, block: int) -> int:
         (2, 3)
     """
     return (size + block - 1) // block
+
+
+def parts_of(rows: int, tile: int, wanted: int) -> tuple[int, int]:
+    """Rows of a part, whole tiles of them, and how many parts there are: about as many as wanted.
+
+    Example:
+        >>> parts_of(100, 8, wanted=4), parts_of(5, 8, wanted=0)
+        ((32, 4), (8, 1))
+    """
+    each = tile * blocks_of(blocks_of(rows, max(1, wanted)), tile)
+    return each, blocks_of(rows, each)

@@ -120,7 +120,7 @@ def computed_in(device: str, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
 
 
-def _unchanged(module: nn.Module) -> bool:
+def unchanged(module: nn.Module) -> bool:
     """Whether a call of the module does what its class says, and no more."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not (any(hooks) or "forward" in vars(module) or bool(has_any_global_hook()))
@@ -137,7 +137,7 @@ def _serves(x: Tensor, *modules: nn.Module) -> bool:
         and x.dtype in DTYPES
         and x.numel() > 0
         and x.permute(0, 2, 3, 1).is_contiguous()
-        and all(_unchanged(module) and _plain(module) for module in modules)
+        and all(unchanged(module) and _plain(module) for module in modules)
         and not transformed()
         and not exporting()
         and runs_triton(x.device)

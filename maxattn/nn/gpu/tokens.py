@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maxattn.nn.gpu import token_kernels as kernels
 from maxattn.nn.gpu.batch_norm import ACTIVATIONS
-from maxattn.nn.gpu.launching import COMPILED, PROGRAMS, blocks_of, launch, operator
+from maxattn.nn.gpu.launching import COMPILED, PROGRAMS, blocks_of, launch, operator, parts_of
 from maxattn.ops.devices import on_device_of
 
 TILE, ROWS, CHANNELS = 2048, 32, 128
@@ -43,7 +43,7 @@ def layer_norm_linear_backward(
     dy = dout @ matrix
     block, M = _power_of_2(C), rows.shape[0]
     tile = max(1, TILE // block)
-    each, parts = _parts(M, tile, PROGRAMS // 4)
+    each, parts = parts_of(M, tile, PROGRAMS // 4)
     dx, y, of_both = torch.empty_like(rows), torch.empty_like(dy), _sums(x, 2, parts, C)
     with on_device_of(x):
         launch(kernels.layer_norm_backward, parts)(
@@ -69,7 +69,7 @@ def activation_linear_backward(
     rows, dout = x.contiguous().view(-1, C), dout.reshape(-1, matrix.shape[0])
     dy = dout @ matrix
     M, blocks = rows.shape[0], blocks_of(C, CHANNELS)
-    each, parts = _parts(M, ROWS, PROGRAMS // blocks)
+    each, parts = parts_of(M, ROWS, PROGRAMS // blocks)
     dx, y, of_bias = torch.empty_like(rows), torch.empty_like(rows), _sums(x, parts, C)
     with on_device_of(x):
         launch(kernels.activation_backward, parts, blocks)(
@@ -137,9 +137,3 @@ def _sums(x: Tensor, *size: int) -> Tensor:
 def _power_of_2(size: int) -> int:
     """The least that is not smaller."""
     return 1 << (size - 1).bit_length()
-
-
-def _parts(M: int, tile: int, wanted: int) -> tuple[int, int]:
-    """Rows of a part, a multiple of a tile's, and how many parts there are."""
-    each = tile * blocks_of(blocks_of(M, max(1, wanted)), tile)
-    return each, blocks_of(M, each)

@@ -21,6 +21,7 @@ from maxattn.nn import MBConv, gpu
 from maxattn.nn.basic import ACTIVATIONS
 from maxattn.nn.checkpointing import Checkpointing
 from maxattn.nn.gpu import batch_norm, serving
+from maxattn.nn.gpu.launching import parts_of
 from maxattn.testing.budget import UNITS
 
 OPERATORS = ("maxattn_nn.moments", "maxattn_nn.batch_norm_act_backward")
@@ -113,9 +114,9 @@ def test_a_mean_that_is_large_beside_the_deviation(deviations: float, dtype: tor
 
 
 def test_parts_fill_a_gpu_and_are_of_whole_tiles() -> None:
-    assert batch_norm._parts(10**6, 64, 32) == (960, 1042)
-    assert batch_norm._parts(6272, 2048, 64) == (192, 33)
-    assert batch_norm._parts(5, 8, 32) == (32, 1)
+    assert parts_of(10**6, 32, 1056) == (960, 1042)
+    assert parts_of(6272, 64, 33) == (192, 33)
+    assert parts_of(5, 32, 1056) == (32, 1)
     assert batch_norm.parts_of_image(3136, 32) == (800, 4)
     assert batch_norm.parts_of_image(49, 32) == (64, 1)
 

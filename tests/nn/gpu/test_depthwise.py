@@ -16,6 +16,7 @@ from torch.library import opcheck
 from maxattn.nn import gpu
 from maxattn.nn.conv import Conv2d, same_padding
 from maxattn.nn.gpu import depthwise
+from maxattn.nn.gpu.launching import parts_of
 from maxattn.testing.budget import UNITS
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -125,8 +126,8 @@ def test_tiles_and_parts() -> None:
     assert depthwise._block(3, 112) == (8, 64)
     assert depthwise._block(3, 4) == (4, 128)
     assert depthwise._tiles(112, 56, 8, 16) == 14 * 4
-    assert depthwise._parts(50176, 4) == (191, 263)
-    assert depthwise._parts(3, 2000) == (3, 1)
+    assert parts_of(50176, 1, 264) == (191, 263)
+    assert parts_of(3, 1, 0) == (3, 1)
 
 
 @STRIDES
