@@ -47,11 +47,13 @@ def test_a_hook_on_any_module_is_called(enable: Checkpointing) -> None:
     assert {name for name, _ in model.named_modules()} - lists == called
 
 
-def test_other_modules_may_take_the_place_of_attention_and_mlp() -> None:
+def test_other_modules_may_take_the_place_of_a_layers_own() -> None:
     model, x = small().train(), torch.randn(2, 2, 12, 12)
     for module in model.modules():
         if isinstance(module, AttentionLayer):
             module.attn, module.mlp = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+        if isinstance(module, MBConv):
+            module.se = nn.Identity()  # type: ignore[assignment]
     assert model(x).shape == (2, 5)
 
 

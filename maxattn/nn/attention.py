@@ -153,8 +153,8 @@ class AttentionLayer(Selective):
         return x_BHWC + self.update2(y_BHWC)
 
     def watched(self) -> bool:
-        """Whether a hook on attention must be shown what that is given."""
-        return bool(self.attn._forward_pre_hooks or self.attn._forward_hooks)
+        """Whether attention or the MLP is to be called as a module: a hook sees it, or its `forward` is another."""
+        return not all(gpu.unchanged(one) for one in (self.attn, self.mlp) if one is not None)
 
     def _attended(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         """x again, and its update."""
@@ -174,7 +174,7 @@ class AttentionLayer(Selective):
         if type(mlp) is not MLP or not gpu.unchanged(mlp):
             return x_BHWC, mlp(norm(x_BHWC))
         random = mlp.drop.p > 0
-        if not random and gpu.serves_mlp(norm, mlp.fc1, mlp.act, mlp.fc2, x_BHWC):
+        if gpu.serves_mlp(norm, mlp.fc1, mlp.act, mlp.drop, mlp.fc2, x_BHWC):
             return gpu.mlp(norm, mlp.fc1, mlp.act, mlp.fc2, x_BHWC)  # type: ignore[arg-type]
 
         def hidden(x_BHWC: Tensor) -> Tensor:

@@ -162,8 +162,12 @@ class MBConv(Selective):
     def _projected(self, y: Tensor) -> Tensor:
         if self.se is None:
             return self.conv3(self.normed(self.norm2, self.act, y))
-        if gpu.serves_squeeze_excite(self.norm2, self.act, self.se, self.se.parts, self.conv3, y):
+        if type(self.se) is SqueezeExcite and gpu.serves_squeeze_excite(
+            self.norm2, self.act, self.se, self.se.parts, self.conv3, y
+        ):
             return gpu.squeeze_excite_conv(self.norm2, self.act, self.se.parts, self.conv3, y)  # type: ignore[arg-type]
+        if gpu.serves_batch_norm(self.norm2, self.act, y):
+            return self.conv3(self.se(gpu.batch_norm_act(self.norm2, self.act, y)))  # type: ignore[arg-type]
         return self.conv3(self.light(self._gated, y))
 
     def _gated(self, y: Tensor) -> Tensor:

@@ -138,7 +138,8 @@ def gate_backward(
         distance = tl.load(x + start * C + at, mask=inside, other=0.0).to(tl.float32) - centre
         a = rounded(activate(distance * factor + b, ACT), y.dtype.element_ty).to(tl.float32)
         tl.store(y + start * C + at, rounded(a * by, y.dtype.element_ty), mask=inside)
-        total += a * tl.load(dy + start * C + at, mask=inside, other=0.0).to(tl.float32)
+        after = tl.load(dy + start * C + at, mask=inside, other=0.0).to(tl.float32)
+        total += tl.where(inside, a * after, 0.0)  # beyond the last row a may be infinite
     tl.store(of_gate + part * C + channel, tl.sum(total, 0), mask=exists)
 
 

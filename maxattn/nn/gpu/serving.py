@@ -32,7 +32,8 @@ def name_of(act: nn.Module) -> str | None:
 def serves_batch_norm(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
     """Whether `batch_norm_act` computes `act(norm(x))`: in training, and of more than one pixel."""
     return (
-        type(norm) is nn.BatchNorm2d
+        torch.compiler.is_compiling()
+        and type(norm) is nn.BatchNorm2d
         and norm.training
         and norm.affine
         and norm.track_running_stats
@@ -81,6 +82,7 @@ def serves_squeeze_excite(
     return (
         serves_batch_norm(norm, act, x)
         and torch.is_grad_enabled()
+        and x.dtype != torch.float32  # in which convolutions and matrix products may round their inputs differently
         and type(between) is nn.SiLU
         and all(_pointwise(one) and _multiplies(one, x) and one.bias is not None for one in products)
         and _serves(x, se, *parts, conv)
@@ -91,7 +93,8 @@ def serves_squeeze_excite(
 def serves_norm_linear(norm: nn.Module, linear: nn.Module, x: Tensor) -> bool:
     """Whether `norm_linear` computes `linear(norm(x))` of x `(B, H, W, C)`, for a gradient."""
     return (
-        type(norm) is nn.LayerNorm
+        torch.compiler.is_compiling()
+        and type(norm) is nn.LayerNorm
         and type(linear) is nn.Linear
         and norm.normalized_shape == x.shape[-1:]
         and x.shape[-1] <= MOST_CHANNELS
@@ -99,17 +102,21 @@ def serves_norm_linear(norm: nn.Module, linear: nn.Module, x: Tensor) -> bool:
         and _serves(x.permute(0, 3, 1, 2), norm, linear)
         and all(one is not None and one.device == x.device for one in (norm.weight, norm.bias))
         and _multiplies(linear, x)
-        and (torch.is_autocast_enabled(x.device.type) or x.dtype == linear.weight.dtype)
     )
 
 
-def serves_mlp(norm: nn.Module, first: nn.Module, act: nn.Module, second: nn.Module, x: Tensor) -> bool:
-    """Whether `mlp` computes `second(act(first(norm(x))))` of x `(B, H, W, C)`, for a gradient."""
+def serves_mlp(
+    norm: nn.Module, first: nn.Module, act: nn.Module, drop: nn.Module, second: nn.Module, x: Tensor
+) -> bool:
+    """Whether `mlp` computes `second(drop(act(first(norm(x)))))` of x `(B, H, W, C)`, for a gradient."""
     return (
-        type(second) is nn.Linear
+        torch.compiler.is_compiling()
+        and type(second) is nn.Linear
+        and type(drop) is nn.Dropout
+        and drop.p == 0
         and name_of(act) not in (None, "none", "sigmoid")
         and serves_norm_linear(norm, first, x)
-        and _serves(x.permute(0, 3, 1, 2), act, second)
+        and _serves(x.permute(0, 3, 1, 2), act, drop, second)
         and _multiplies(second, x)
         and all(one.bias is not None for one in (first, second))
     )
@@ -150,8 +157,12 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _multiplies(layer: nn.Module, x: Tensor) -> bool:
-    """Whether the weight is one that no call computes, where x is."""
-    return "weight" in layer._parameters and layer.weight.device == x.device and layer.weight.dtype in DTYPES
+    """Whether the weight is one that no call computes; and if weight and bias are where x is, and fit its dtype."""
+    there = [one for one in layer._parameters.values() if one is not None]
+    any_dtype = torch.is_autocast_enabled(x.device.type)
+    return "weight" in layer._parameters and all(
+        one.device == x.device and one.dtype in DTYPES and (any_dtype or one.dtype == x.dtype) for one in there
+    )
 
 
 def _pointwise(conv: nn.Module) -> bool:

@@ -41,7 +41,7 @@ def layer_norm_backward(
         deviation = tl.rsqrt(tl.sum(distance * distance, 1) * share + eps)[:, None]
         normal = distance * deviation
         tl.store(y + at, rounded(normal * w + b, y.dtype.element_ty), mask=inside)
-        of_weight += g * normal
+        of_weight += tl.where(inside, g * normal, 0.0)  # beyond the last row a norm may be no number
         of_bias += g
         g = g * w
         along = (tl.sum(g * normal, 1) * share)[:, None]

@@ -100,6 +100,16 @@ def test_any_size_in_one_part_or_many(
         assert_within_budget(Layers(size[1]), images(*size, dtype=dtype), dtype)
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def test_pixels_beyond_the_last_add_nothing() -> None:
+    """With a mean far from 0 their activation, that of 0, is infinite in fp16."""
+    layers, x = Layers(8), images(2, 8, 7, 7, dtype=torch.float16)
+    with torch.no_grad():
+        layers.norm.weight.fill_(20.0)
+    x[:, 3] = x[:, 3] * 0.5 - 3000
+    assert all(value.isfinite().all() for value in results(layers, x, torch.float16, ours=True).values())
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     layers = Layers(8)
     layers.norm.bias.requires_grad_(False)
@@ -112,9 +122,9 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 
 @pytest.mark.parametrize("selective", [False, True])
 def test_a_compiled_mbconv_keeps_what_its_convolutions_make(selective: bool) -> None:
-    mbconv = MBConv(16, 16, se_hidden=4).to(DEVICE).train()
+    mbconv = MBConv(16, 16, se_hidden=4).to(DEVICE, torch.bfloat16).train()
     mbconv.selective = selective
-    x = images(2, 16, 6, 5).permute(0, 2, 3, 1).detach().requires_grad_()
+    x = images(2, 16, 6, 5, dtype=torch.bfloat16).permute(0, 2, 3, 1).detach().requires_grad_()
     kept, called = kept_and_recomputed(mbconv, x)
     assert sum(size == 4 * x.numel() for size in kept) == 2
     assert max(kept) == 4 * x.numel()
@@ -124,7 +134,7 @@ def test_a_compiled_mbconv_keeps_what_its_convolutions_make(selective: bool) -> 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_what_it_does_not_serve_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers, x = Layers(8), images(2, 8, 4, 4)
+    layers, x = Layers(8).bfloat16(), images(2, 8, 4, 4, dtype=torch.bfloat16)
 
     def serves(layers: Layers = layers, x: Tensor = x) -> bool:
         return gpu.serves_squeeze_excite(layers.norm, layers.act, layers.se, layers.se.parts, layers.conv, x)
@@ -132,14 +142,15 @@ def test_what_it_does_not_serve_is_left_to_pytorch(monkeypatch: pytest.MonkeyPat
     def changed(name: str, module: nn.Module) -> Layers:
         other = copy.deepcopy(layers)
         owner, _, last = name.rpartition(".")
-        setattr(other.get_submodule(owner), last, module)
+        setattr(other.get_submodule(owner), last, module.bfloat16())
         return other
 
     assert not serves()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert serves()
     assert not serves(x=x.contiguous())
-    assert not serves(x=x.bfloat16())
+    assert not serves(x=x.half())
+    assert not serves(copy.deepcopy(layers).float(), x.float())
     assert not serves(copy.deepcopy(layers).eval())
     assert not serves(changed("norm", nn.GroupNorm(2, 8)))
     assert not serves(changed("act", nn.Tanh()))
