@@ -137,10 +137,15 @@ def test_the_guide_quotes_how_fast_networks_are() -> None:
     one, eight = (rows_of("amd-epyc-2-cores", "model", img_size=224, dtype="float32", batch=n) for n in (1, 8))
     others = [
         [
-            times_as_fast(rows_of("amd-epyc-2-cores", "model", **case, batch=n), "eager", "timm", "torchvision")
+            times_as_fast(rows_of("amd-epyc-2-cores", "model", **case, batch=n), mode, "timm", "torchvision")
+            for mode in modes
             for n in (1, 8)
         ]
-        for case in ({"dtype": "bfloat16"}, {"img_size": 384})
+        for case, modes in (
+            ({"dtype": "bfloat16", "img_size": 224}, ["eager"]),
+            ({"dtype": "float32", "img_size": 384}, ["eager"]),
+            ({"dtype": "bfloat16", "img_size": 384}, ["eager", "compiled"]),
+        )
     ]
     on_cpu = [
         [times_as_fast(rows, mode, "timm", "torchvision") for mode in ("eager", "compiled")] for rows in (one, eight)
@@ -169,6 +174,7 @@ def test_the_guide_quotes_how_fast_networks_are() -> None:
         f"| batch 8 | 1.5 | {', '.join(on_cpu[1])}, missed compiled |",
         f"| in bf16, eager, batches 1 and 8 | - | {', '.join(others[0])} |",
         f"| at 384 in fp32, eager, batches 1 and 8, as timm | - | {', '.join(others[1])} |",
+        f"| at 384 in bf16, as timm: eager, batches 1 and 8, compiled, the same | - | {', '.join(others[2])} |",
         f"H200: time, memory | 1 | {windows['windows', 'time']:.2f}, {windows['windows', 'mib']:.2f} |",
         f"as pixels to the power of {windows['full attention', 'time']:.2f}.",
         f"| 5 us | {', '.join(f'{1e6 * seconds:.1f} us' for seconds in added)} |",
