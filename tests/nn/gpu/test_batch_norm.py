@@ -28,6 +28,7 @@ from tests.nearness import assert_near
 OPERATORS = ("maxattn_nn.moments", "maxattn_nn.batch_norm_act_backward")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # of NumPy, interpreting
+SPEC = {"stem": {"width": 8}, "stages": [{"width": 16, "depth": 2}], "head_dim": 8, "window": 7, "num_classes": 5}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 
 
@@ -196,7 +197,7 @@ def test_a_compiled_step_keeps_nothing_but_the_input() -> None:
 
 
 def test_a_network_trains_as_with_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = maxattn.build("nano").to(DEVICE).train()
+    network = maxattn.build(SPEC).to(DEVICE).train()
     called: list[str] = []
 
     def look(graph: torch.fx.GraphModule, given: list[Tensor]) -> Any:
@@ -228,8 +229,7 @@ def test_a_network_trains_as_with_plain_pytorch(monkeypatch: pytest.MonkeyPatch)
 def test_gradients_are_those_of_eager_code(enable: Checkpointing) -> None:
     """Whatever is computed again, of a network whose layers all have kernels here."""
     torch.manual_seed(0)
-    spec = {"stem": {"width": 8}, "stages": [{"width": 16, "depth": 2}], "head_dim": 8, "window": 7, "num_classes": 5}
-    network, x = maxattn.build(spec).to(DEVICE).train(), images(2, 3, 28, 28)
+    network, x = maxattn.build(SPEC).to(DEVICE).train(), images(2, 3, 28, 28)
     found = []
     for how, dtype in ((None, torch.float64), (None, torch.bfloat16), (enable, torch.bfloat16)):
         one, given = copy.deepcopy(network), x
