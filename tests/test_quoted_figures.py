@@ -211,7 +211,7 @@ MEASURED: dict[str, dict[Axis, MeasuredSpeed]] = {
     "flash_attn": dict.fromkeys(AXES, flash_attn.MEASURED),
 }
 TIE = 0.03
-"""By how much what is chosen first may be the slower one: 1 in 30, to which times of two runs agree."""
+"""By how much what is chosen first for grid may be the slower one: 1 in 30, to which times of two runs agree."""
 LIFTED = 224
 """Tokens up to which a bias fits flash-attn's head dims beside 32 channels."""
 TOKENS = {"up to 49": 7, "to 64": 8, "to 144": 12, "to 256": 16, "more": 28}
@@ -243,7 +243,8 @@ def test_the_automatic_order_is_that_of_the_measurements(
     times = [microseconds(size, window, what, name, bias, axis) for name in order]
     timed = [time for time in times if not math.isnan(time)]
     assert len(timed) >= 3
-    assert all(first <= second * (1 + TIE) for first, second in pairwise(timed)), dict(zip(order, times, strict=True))
+    more = 1 + (TIE if axis == "grid" else 0)
+    assert all(first <= second * more for first, second in pairwise(timed)), dict(zip(order, times, strict=True))
 
 
 @pytest.mark.parametrize("axis", AXES)

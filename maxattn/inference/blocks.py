@@ -14,6 +14,7 @@ from maxattn.inference import gpu
 from maxattn.inference.fixed import take_over
 from maxattn.inference.layers import FusedAvgPool2d
 from maxattn.nn import AttentionLayer, MBConv, Stem
+from maxattn.nn.gpu import unchanged
 from maxattn.ops.max_sa import max_sa
 
 
@@ -65,7 +66,8 @@ class FusedAttentionLayer(AttentionLayer):
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         attn, mlp = self.attn, self.mlp
-        if self.watched() or not gpu.serves(x_BHWC, attn.proj.weight):
+        as_they_are = all(unchanged(one) for one in (attn, mlp) if one is not None)
+        if not as_they_are or not gpu.serves(x_BHWC, attn.proj.weight):
             return super().forward(x_BHWC)
         qkv_BHW3hd = attn.qkv.after_norm(self.norm1, x_BHWC).unflatten(-1, (3, attn.heads, -1))
         bias = None if attn.rel_pos is None else attn.rel_pos()

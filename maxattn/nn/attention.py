@@ -152,10 +152,6 @@ class AttentionLayer(Selective):
         x_BHWC, y_BHWC = self._fed(x_BHWC, self.norm2, self.mlp)
         return x_BHWC + self.update2(y_BHWC)
 
-    def watched(self) -> bool:
-        """Whether attention or the MLP is to be called as a module: a hook sees it, or its `forward` is another."""
-        return not all(gpu.unchanged(one) for one in (self.attn, self.mlp) if one is not None)
-
     def _attended(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         """x again, and its update."""
         if type(self.attn) is not MaxAttention or not gpu.unchanged(self.attn):

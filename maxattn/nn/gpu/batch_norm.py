@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maxattn.nn.gpu import batch_norm_kernels as kernels
-from maxattn.nn.gpu.launching import CHANNELS, COMPILED, PROGRAMS, blocks_of, launch, operator, parts_of
+from maxattn.nn.gpu.launching import CHANNELS, COMPILED, PROGRAMS, asked, blocks_of, launch, operator, parts_of
 from maxattn.ops.devices import on_device_of
 
 TWICE, CUBIC = 1.5957691216057308, 0.044715
@@ -136,8 +136,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, mean, rstd, scale, weight, bias = ctx.saved_tensors
     dx, dweight, dbias = batch_norm_act_backward(dy, x, mean, rstd, scale, bias, ctx.act)
-    of_each = (dx, None, None, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None)
-    return tuple(one if asked else None for one, asked in zip(of_each, ctx.needs_input_grad, strict=True))
+    return asked(ctx, dx, None, None, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None)
 
 
 batch_norm_act.register_autograd(_backward, setup_context=_keep)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maxattn.nn.gpu import depthwise_kernels as kernels
-from maxattn.nn.gpu.launching import CHANNELS, COMPILED, PROGRAMS, blocks_of, launch, operator, parts_of
+from maxattn.nn.gpu.launching import CHANNELS, COMPILED, PROGRAMS, asked, blocks_of, launch, operator, parts_of
 from maxattn.ops.devices import on_device_of
 
 COLUMNS = {3: 8, 5: 8, 7: 4}
@@ -68,9 +68,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    asked = ctx.needs_input_grad[:2]
-    gradients = depthwise_backward(dy, *ctx.saved_tensors, ctx.stride, ctx.top, ctx.left, *asked)
-    return (*(one if needed else None for one, needed in zip(gradients, asked, strict=True)), *(None,) * 5)
+    needed = ctx.needs_input_grad[:2]
+    gradients = depthwise_backward(dy, *ctx.saved_tensors, ctx.stride, ctx.top, ctx.left, *needed)
+    return asked(ctx, *gradients, *(None,) * 5)
 
 
 depthwise.register_autograd(_backward, setup_context=_keep)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import triton
+from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 
 COMPILED = not triton.knobs.runtime.interpret
@@ -21,6 +22,11 @@ PROGRAMS = 1056
 def launch(function: Any, *grid: int) -> Any:
     """What to call with a kernel's arguments, for a grid of so many programs."""
     return (wrap_triton(function) if COMPILED else function)[grid]
+
+
+def asked(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of the gradients of an operator's inputs those that are asked for; None for each of the others."""
+    return tuple(one if needed else None for one, needed in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
 def blocks_of(size: int, block: int) -> int:

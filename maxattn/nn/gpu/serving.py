@@ -53,7 +53,8 @@ def serves_depthwise(conv: nn.Conv2d, x: Tensor) -> bool:
     """
     kernel = conv.kernel_size[0]
     return (
-        _serves(x, conv)
+        torch.compiler.is_compiling()
+        and _serves(x, conv)
         and "weight" in conv._parameters  # and not computed at each access
         and conv.groups == conv.in_channels == conv.out_channels == x.shape[1]
         and conv.bias is None
@@ -110,8 +111,7 @@ def serves_mlp(
 ) -> bool:
     """Whether `mlp` computes `second(drop(act(first(norm(x)))))` of x `(B, H, W, C)`, for a gradient."""
     return (
-        torch.compiler.is_compiling()
-        and type(second) is nn.Linear
+        type(second) is nn.Linear
         and type(drop) is nn.Dropout
         and drop.p == 0
         and name_of(act) not in (None, "none", "sigmoid")
@@ -134,9 +134,7 @@ def unchanged(module: nn.Module) -> bool:
 
 
 def _serves(x: Tensor, *modules: nn.Module) -> bool:
-    """Whether kernels here can take a channels-last `x (B, C, H, W)` in the place of these modules, now."""
-    if not torch.compiler.is_compiling():
-        return False
+    """Whether kernels here can take a channels-last `x (B, C, H, W)` in the place of these modules."""
     from maxattn.ops.tracing import exporting, runs_triton, transformed
 
     return (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maxattn.nn.gpu import batch_norm as norms
 from maxattn.nn.gpu import batch_norm_kernels as kernels
-from maxattn.nn.gpu.launching import CHANNELS, COMPILED, blocks_of, launch, operator
+from maxattn.nn.gpu.launching import CHANNELS, COMPILED, asked, blocks_of, launch, operator
 from maxattn.ops.devices import on_device_of
 
 ROWS = 32
@@ -109,8 +109,7 @@ def _backward(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     x, mean, rstd, scale, bias, *rest = ctx.saved_tensors
     dx, dweight, dbias, *others = squeeze_excite_conv_backward(dout, x, mean, rstd, scale, bias, ctx.act, *rest)
     of_norm = (dweight.to(ctx.dtypes[0]), dbias.to(ctx.dtypes[1]))
-    of_each = (dx, None, None, None, *of_norm, None, *others)
-    return tuple(one if asked else None for one, asked in zip(of_each, ctx.needs_input_grad, strict=True))
+    return asked(ctx, dx, None, None, None, *of_norm, None, *others)
 
 
 squeeze_excite_conv.register_autograd(_backward, setup_context=_keep)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maxattn.nn.gpu import token_kernels as kernels
 from maxattn.nn.gpu.batch_norm import ACTIVATIONS
-from maxattn.nn.gpu.launching import COMPILED, PROGRAMS, blocks_of, launch, operator, parts_of
+from maxattn.nn.gpu.launching import COMPILED, PROGRAMS, asked, blocks_of, launch, operator, parts_of
 from maxattn.ops.devices import on_device_of
 
 TILE, ROWS, CHANNELS = 2048, 32, 128
@@ -86,7 +86,7 @@ def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 def _norm_backward(ctx: Any, skip: Tensor, dout: Tensor) -> tuple[Any, ...]:
     x, weight, bias, matrix = ctx.saved_tensors
     dx, dweight, dbias, *of_linear = layer_norm_linear_backward(skip, dout, x, weight, bias, ctx.eps, matrix)
-    return _asked(ctx, dx, dweight.to(weight.dtype), dbias.to(bias.dtype), None, *of_linear)
+    return asked(ctx, dx, dweight.to(weight.dtype), dbias.to(bias.dtype), None, *of_linear)
 
 
 def _keep_activation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -97,7 +97,7 @@ def _keep_activation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _activation_backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     x, bias, matrix = ctx.saved_tensors
     dx, dbias, *of_linear = activation_linear_backward(dout, x, bias, ctx.act, matrix)
-    return _asked(ctx, dx, dbias.to(bias.dtype), None, *of_linear)
+    return asked(ctx, dx, dbias.to(bias.dtype), None, *of_linear)
 
 
 layer_norm_linear.register_autograd(_norm_backward, setup_context=_keep_norm)
@@ -123,10 +123,6 @@ if not COMPILED:
     @activation_linear_backward.register_fake  # type: ignore[untyped-decorator]
     def _(dout: Tensor, x: Tensor, bias: Tensor, act: str, matrix: Tensor) -> tuple[Tensor, ...]:
         return torch.empty_like(x), _sums(x, x.shape[-1]), torch.empty_like(matrix), matrix.new_empty(len(matrix))
-
-
-def _asked(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(one if asked else None for one, asked in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
 def _sums(x: Tensor, *size: int) -> Tensor:
