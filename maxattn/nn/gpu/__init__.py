@@ -1,10 +1,11 @@
 """Kernels of our own for compiled training on a GPU; in Triton, which is imported at the first call of one."""
 
-from maxattn.nn.gpu.layers import batch_norm_act, convolved, mlp, norm_linear, squeeze_excite_conv
+from maxattn.nn.gpu.layers import batch_norm_act, convolved, expanded, mlp, norm_linear, squeeze_excite_conv
 from maxattn.nn.gpu.serving import (
     name_of,
     serves_batch_norm,
     serves_depthwise,
+    serves_expanded,
     serves_mlp,
     serves_norm_linear,
     serves_squeeze_excite,
@@ -14,11 +15,13 @@ from maxattn.nn.gpu.serving import (
 __all__ = [
     "batch_norm_act",
     "convolved",
+    "expanded",
     "mlp",
     "name_of",
     "norm_linear",
     "serves_batch_norm",
     "serves_depthwise",
+    "serves_expanded",
     "serves_mlp",
     "serves_norm_linear",
     "serves_squeeze_excite",

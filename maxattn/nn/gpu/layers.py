@@ -21,7 +21,7 @@ def batch_norm_act(norm: nn.BatchNorm2d, act: nn.Module, x: Tensor) -> Tensor:
     from maxattn.nn.gpu import batch_norm
     from maxattn.ops.tracing import in_ddp
 
-    mean, var, rstd, scale = batch_norm.moments(x.detach(), norm.weight.detach(), norm.eps)
+    mean, var, rstd, scale = _moments(norm, x)
     inputs = (x, mean, rstd, scale, norm.weight, norm.bias, name_of(act))
     if torch.compiler.is_compiling() and not in_ddp():
         y = checkpoint(batch_norm.batch_norm_act, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -32,6 +32,29 @@ def batch_norm_act(norm: nn.BatchNorm2d, act: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
+def expanded(pre_norm: nn.BatchNorm2d, conv: nn.Conv2d, norm: nn.BatchNorm2d, act: nn.Module, x: Tensor) -> Tensor:
+    """`act(norm(conv(pre_norm(x))))` in training, with a 1x1 convolution, of which x and its moments alone are kept.
+
+    What the convolution makes, and its moments, are computed again. Running statistics are brought forward as in
+    `batch_norm_act`.
+    """
+    from maxattn.nn.gpu.batch_norm import batch_norm_act
+
+    mean, var, rstd, scale = _moments(pre_norm, x)
+
+    def computed(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = conv(batch_norm_act(x, mean, rstd, scale, pre_norm.weight, pre_norm.bias, "none"))
+        hidden = hidden.contiguous(memory_format=torch.channels_last)
+        of_hidden = _moments(norm, hidden)
+        of_norm = (of_hidden[0], *of_hidden[2:], norm.weight, norm.bias)
+        return batch_norm_act(hidden, *of_norm, name_of(act)), *of_hidden[:2]
+
+    out: tuple[Tensor, Tensor, Tensor] = checkpoint(computed, x, use_reentrant=False, preserve_rng_state=False)
+    _bring_forward(pre_norm, mean, var, x)
+    _bring_forward(norm, *out[1:], x)
+    return out[0]
+
+
 def squeeze_excite_conv(
     norm: nn.BatchNorm2d, act: nn.Module, se: tuple[nn.Conv2d, nn.Module, nn.Conv2d], conv: nn.Conv2d, x: Tensor
 ) -> Tensor:
@@ -39,10 +62,9 @@ def squeeze_excite_conv(
 
     x, its moments and what squeeze-excitation makes of an image are kept.
     """
-    from maxattn.nn.gpu import batch_norm
     from maxattn.nn.gpu.squeeze import squeeze_excite_conv
 
-    mean, var, rstd, scale = batch_norm.moments(x.detach(), norm.weight.detach(), norm.eps)
+    mean, var, rstd, scale = _moments(norm, x)
     matrices = (one for conv in (se[0], se[2], conv) for one in _matrix(conv, x.dtype))
     out: Tensor = squeeze_excite_conv(x, mean, rstd, scale, norm.weight, norm.bias, name_of(act), *matrices)[0]
     _bring_forward(norm, mean, var, x)
@@ -68,6 +90,13 @@ def mlp(norm: nn.LayerNorm, first: nn.Linear, act: nn.Module, second: nn.Linear,
     dtype = computed_in(x.device.type, first.weight.dtype)
     x, hidden = _norm_linear(norm, x, _matrix(first, dtype)[0], None)
     return x, activation_linear(hidden, first.bias, name_of(act), *_matrix(second, dtype))
+
+
+def _moments(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from maxattn.nn.gpu.batch_norm import moments
+
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = moments(x.detach(), norm.weight.detach(), norm.eps)
+    return found
 
 
 def _bring_forward(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, x: Tensor) -> None:

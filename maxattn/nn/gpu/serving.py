@@ -33,16 +33,24 @@ def serves_batch_norm(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
     """Whether `batch_norm_act` computes `act(norm(x))`: in training, and of more than one pixel."""
     return (
         torch.compiler.is_compiling()
-        and type(norm) is nn.BatchNorm2d
-        and norm.training
-        and norm.affine
-        and norm.track_running_stats
-        and norm.momentum is not None
-        and name_of(act) not in (None, "sigmoid")
         and x.numel() > x.shape[1]
+        and _normalizes(norm, act, x.device, x.dtype)
         and _serves(x, norm, act)
-        and all(one is not None and one.device == x.device for one in (norm.weight, norm.bias))
-        and {norm.weight.dtype, norm.bias.dtype} <= {x.dtype, torch.float32}
+    )
+
+
+def serves_expanded(pre_norm: nn.Module, conv: nn.Conv2d, norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
+    """Whether `expanded` computes `act(norm(conv(pre_norm(x))))`, for a gradient; not within DDP."""
+    from maxattn.ops.tracing import in_ddp
+
+    return (
+        serves_batch_norm(pre_norm, nn.Identity(), x)
+        and torch.is_grad_enabled()
+        and not in_ddp()
+        and _pointwise(conv)
+        and _multiplies(conv, x)
+        and _normalizes(norm, act, x.device, computed_in(x.device.type, conv.weight.dtype))
+        and _serves(x, conv, norm, act)
     )
 
 
@@ -146,6 +154,20 @@ def _serves(x: Tensor, *modules: nn.Module) -> bool:
         and not transformed()
         and not exporting()
         and runs_triton(x.device)
+    )
+
+
+def _normalizes(norm: nn.Module, act: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels here compute `act(norm(x))` in training, by what the two are, of an x of such a dtype."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.training
+        and norm.affine
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and name_of(act) not in (None, "sigmoid")
+        and all(one is not None and one.device == device for one in (norm.weight, norm.bias))
+        and {norm.weight.dtype, norm.bias.dtype} <= {dtype, torch.float32}
     )
 
 

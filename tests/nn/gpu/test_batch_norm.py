@@ -24,6 +24,7 @@ from maxattn.nn.gpu import batch_norm, serving
 from maxattn.nn.gpu.launching import parts_of
 from maxattn.testing.budget import UNITS
 from tests.nearness import assert_near
+from tests.nn.graphs import kept_and_recomputed
 
 OPERATORS = ("maxattn_nn.moments", "maxattn_nn.batch_norm_act_backward")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -201,7 +202,8 @@ def test_a_network_trains_as_with_plain_pytorch(monkeypatch: pytest.MonkeyPatch)
     called: list[str] = []
 
     def look(graph: torch.fx.GraphModule, given: list[Tensor]) -> Any:
-        called.extend(str(node.target) for node in graph.graph.nodes)
+        parts = (part for part in graph.modules() if isinstance(part, torch.fx.GraphModule))
+        called.extend(str(node.target) for part in parts for node in part.graph.nodes)
         return aot_eager(graph, given)
 
     losses, statistics = [], []
@@ -333,6 +335,47 @@ def test_what_it_does_not_serve_is_left_to_pytorch(monkeypatch: pytest.MonkeyPat
     hook.remove()
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert not gpu.serves_batch_norm(norm, act, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("selective", [False, True])
+def test_an_mbconv_with_a_stride_keeps_no_expanded_image(selective: bool, dtype: torch.dtype) -> None:
+    mbconv = MBConv(16, 16, stride=2, se_hidden=4).to(DEVICE, dtype).train()
+    mbconv.selective = selective
+    x = images(2, 16, 6, 8, dtype=dtype).permute(0, 2, 3, 1).detach().requires_grad_()
+    kept, called = kept_and_recomputed(mbconv, x)
+    assert max(kept) == x.numel()  # a quarter of what the convolution makes
+    assert sum("convolution.default" in target for target in called) == 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_which_expanded_images_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    mbconv, x = MBConv(8, 8, stride=2).to(DEVICE).train(), images(2, 8, 4, 4)
+
+    def serves(mbconv: MBConv = mbconv, **changed: nn.Module) -> bool:
+        layers = (changed.get(name, getattr(mbconv, name)) for name in ("pre_norm", "conv1", "norm1", "act"))
+        return gpu.serves_expanded(*layers, x)
+
+    assert not serves()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert serves()
+    assert not serves(copy.deepcopy(mbconv).eval())
+    assert not serves(copy.deepcopy(mbconv).bfloat16())
+    assert not serves(pre_norm=nn.GroupNorm(2, 8))
+    assert not serves(norm1=nn.GroupNorm(2, 32))
+    assert not serves(norm1=copy.deepcopy(mbconv.norm1).eval())
+    assert not serves(norm1=copy.deepcopy(mbconv.norm1).bfloat16())
+    assert not serves(act=nn.Tanh())
+    assert not serves(conv1=nn.Conv2d(8, 32, 3, padding=1))
+    assert not serves(conv1=nn.utils.parametrizations.spectral_norm(copy.deepcopy(mbconv.conv1)))
+    for module in (mbconv.pre_norm, mbconv.conv1, mbconv.norm1, mbconv.act):
+        hook = module.register_forward_hook(lambda *given: None)
+        assert not serves()
+        hook.remove()
+    with torch.no_grad():
+        assert not serves()
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", object())
+    assert not serves()
 
 
 def test_an_export_holds_pytorchs_own_operators() -> None:
