@@ -15,6 +15,7 @@ from maxattn.bench.timing import QUICK, Effort
 from maxattn.cli import values
 from maxattn.cli.explain_commands import AxisName
 from maxattn.cli.measuring import measuring, write_pages
+from maxattn.cli.memory import let_segments_grow
 from maxattn.cli.output import JsonOption
 
 TINY = "maxvit_tiny_tf_224"
@@ -220,6 +221,8 @@ def train(
     from maxattn.bench import train as measurement
 
     where, kind = _where(device, dtype)
+    if where == "cuda":
+        let_segments_grow()
     with measuring(out, as_json) as (show, keep):
         measurement.measure(
             specs or (TINY,),

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from maxattn import use_backend
+from maxattn.cli.memory import let_segments_grow
 from maxattn.cli.output import JsonOption, print_json, print_table
 from maxattn.train import Classifier, TrainingDiverged, TrainingInterrupted, load_config
 from maxattn.train import train as run_training
@@ -74,6 +75,8 @@ def train(
       $ maxattn eval runs/digits/model.safetensors data
     """
     settings = load_config(config)
+    if find_device(device).type == "cuda":
+        let_segments_grow()
     try:
         history = run_training(settings, data, out, resume=resume, device=device, console=Console())
     except TrainingInterrupted as interruption:
