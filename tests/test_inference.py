@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import maxattn
 from maxattn.inference import InferenceMaxViT, network, onednn
 from maxattn.nn import MaxViT
+from maxattn.nn.attention import MLP
 from maxattn.testing.budget import UNITS
 
 LOADS_DECOMPOSITIONS = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -281,8 +282,18 @@ class TestCompiled:
         assert len(codes) == 3
         assert all("mkldnn._convolution_pointwise" in code for code in codes)
         assert not any("addmm" in code.partition("def call")[2] for code in codes)
+        assert not any(".tanh()" in code for code in codes)  # of GELU, which is oneDNN's too
         assert_within_budget(model, out, x)
         assert len(optimized.features(x)) == 3
+
+    def test_an_activation_over_the_last_dimension(self) -> None:
+        model, x = small(), images()
+        for module in model.modules():
+            if isinstance(module, MLP):
+                module.act = nn.Softmax(-1)
+        optimized = maxattn.optimize_for_inference(model)
+        compiled = torch.compile(optimized, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), optimized(x), rtol=1e-4, atol=1e-4)
 
     def test_in_a_graph_of_the_callers(self) -> None:
         optimized, x = maxattn.optimize_for_inference(small()), images()

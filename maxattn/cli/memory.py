@@ -11,9 +11,9 @@ SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def let_segments_grow() -> None:
-    """For this process, which has not used its NVIDIA GPU yet; unless the environment has such settings, or cannot.
+    """For this process, which has not used its NVIDIA GPU yet; unless the environment has such settings.
 
-    Between segments of fixed sizes much is lost: a training step of MaxViT takes half as much memory again.
+    Segments of fixed sizes leave much idle between tensors. PyTorch can have others on Linux.
     """
     able = sys.platform == "linux" and torch.version.cuda is not None
     if able and not any(name in os.environ for name in SETTINGS):

@@ -133,7 +133,7 @@ class MBConv(Selective):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.shrinks = stride > 1
+        self.downsamples = stride > 1
         hidden = 4 * width if hidden is None else hidden
         se_hidden = max(1, width // 4) if se_hidden is None else se_hidden
         self.shortcut = Shortcut(in_width, width, stride, shortcut_pool, shortcut_conv)
@@ -150,7 +150,7 @@ class MBConv(Selective):
     def forward(self, x_BHWC: Tensor) -> Tensor:
         x = x_BHWC.permute(0, 3, 1, 2)
         layers = (self.pre_norm, self.conv1, self.norm1, self.act)
-        if self.shrinks and gpu.serves_expanded(*layers, x):
+        if self.downsamples and gpu.serves_expanded(*layers, x):
             y = self.conv2(gpu.expanded(*layers, x))  # type: ignore[arg-type]
         else:
             y = self.part(self._filtered, self.part(self._expanded, x))

@@ -11,14 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from tiny_training import CLASSES, RECIPE, SPEC, write_stripes
 from typer.testing import CliRunner, Result
 
 import maxattn
 from maxattn.cli import app
-from maxattn.cli.memory import SETTINGS, let_segments_grow
 
 Run = Callable[..., Result]
 LEARNING = {**RECIPE, "epochs": 8, "batch_size": 8, "lr": 0.01}
@@ -168,30 +166,3 @@ def test_a_signal_ends_a_training_with_130_and_resuming_finishes_it(
 def test_help_teaches_by_example(run: Run, command: str) -> None:
     text = run(command, "--help").stdout
     assert f"$ maxattn {command} " in text
-
-
-@pytest.mark.parametrize("given", [None, *SETTINGS])
-def test_segments_of_a_gpu_grow_unless_the_environment_has_settings(
-    given: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in SETTINGS:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    if given is not None:
-        monkeypatch.setenv(given, "max_split_size_mb:64")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(sys, "platform", "linux")
-    let_segments_grow()
-    found = {name: os.environ[name] for name in SETTINGS if name in os.environ}
-    assert found == ({SETTINGS[0]: "expandable_segments:True"} if given is None else {given: "max_split_size_mb:64"})
-
-
-@pytest.mark.parametrize(("platform", "cuda"), [("win32", "13.0"), ("linux", None)])
-def test_segments_grow_where_pytorch_can(platform: str, cuda: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in SETTINGS:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(sys, "platform", platform)
-    let_segments_grow()
-    assert not any(name in os.environ for name in SETTINGS)

@@ -21,6 +21,15 @@ assert not kernels & set(sys.modules)
     python(arguments=("-c", code))
 
 
+def test_eager_training_takes_no_compiler() -> None:
+    code = """
+import sys, torch, maxattn
+maxattn.build("nano")(torch.ones(2, 3, 28, 28)).sum().backward()
+assert "torch._dynamo" not in sys.modules
+"""
+    python(arguments=("-c", code))
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_number_of_images_that_is_not_known_stays_so(stride: int) -> None:
     """Forward and backward, each by itself: without CUDA, PyTorch has no autograd for its devices."""

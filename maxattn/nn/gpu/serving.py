@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 DEVICES = frozenset({"cuda"})
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+IDENTITY = nn.Identity()
 MOST_CHANNELS = 4096
 """Of a LayerNorm, a program of which holds whole rows."""
 
@@ -41,12 +42,10 @@ def serves_batch_norm(norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
 
 def serves_expanded(pre_norm: nn.Module, conv: nn.Conv2d, norm: nn.Module, act: nn.Module, x: Tensor) -> bool:
     """Whether `expanded` computes `act(norm(conv(pre_norm(x))))`, for a gradient; not within DDP."""
-    from maxattn.ops.tracing import in_ddp
-
     return (
-        serves_batch_norm(pre_norm, nn.Identity(), x)
+        serves_batch_norm(pre_norm, IDENTITY, x)
         and torch.is_grad_enabled()
-        and not in_ddp()
+        and not _in_ddp()
         and _pointwise(conv)
         and _multiplies(conv, x)
         and _normalizes(norm, act, x.device, computed_in(x.device.type, conv.weight.dtype))
@@ -139,6 +138,12 @@ def unchanged(module: nn.Module) -> bool:
     """Whether a call of the module does what its class says, and no more."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not (any(hooks) or "forward" in vars(module) or bool(has_any_global_hook()))
+
+
+def _in_ddp() -> bool:
+    from maxattn.ops.tracing import in_ddp
+
+    return in_ddp()
 
 
 def _serves(x: Tensor, *modules: nn.Module) -> bool:

@@ -337,13 +337,16 @@ def test_what_it_does_not_serve_is_left_to_pytorch(monkeypatch: pytest.MonkeyPat
     assert not gpu.serves_batch_norm(norm, act, x)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("selective", [False, True])
-def test_an_mbconv_with_a_stride_keeps_no_expanded_image(selective: bool, dtype: torch.dtype) -> None:
-    mbconv = MBConv(16, 16, stride=2, se_hidden=4).to(DEVICE, dtype).train()
+def test_an_mbconv_with_a_stride_keeps_no_expanded_image(selective: bool, dtype: torch.dtype, autocast: bool) -> None:
+    """Of weights in fp32 under autocast, too."""
+    mbconv = MBConv(16, 16, stride=2, se_hidden=4).to(DEVICE, torch.float32 if autocast else dtype).train()
     mbconv.selective = selective
     x = images(2, 16, 6, 8, dtype=dtype).permute(0, 2, 3, 1).detach().requires_grad_()
-    kept, called = kept_and_recomputed(mbconv, x)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        kept, called = kept_and_recomputed(mbconv, x)
     assert max(kept) == x.numel()  # a quarter of what the convolution makes
     assert sum("convolution.default" in target for target in called) == 1
 
@@ -365,6 +368,9 @@ def test_which_expanded_images_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
     assert not serves(norm1=nn.GroupNorm(2, 32))
     assert not serves(norm1=copy.deepcopy(mbconv.norm1).eval())
     assert not serves(norm1=copy.deepcopy(mbconv.norm1).bfloat16())
+    assert not serves(norm1=nn.BatchNorm2d(32, affine=False))
+    assert not serves(norm1=nn.BatchNorm2d(32, momentum=None))
+    assert not serves(conv1=copy.deepcopy(mbconv.conv1).bfloat16())
     assert not serves(act=nn.Tanh())
     assert not serves(conv1=nn.Conv2d(8, 32, 3, padding=1))
     assert not serves(conv1=nn.utils.parametrizations.spectral_norm(copy.deepcopy(mbconv.conv1)))
