@@ -12,7 +12,6 @@ from maxattn.nn.basic import ACTIVATIONS, conv_norm, update
 from maxattn.nn.checkpointing import Selective
 
 Padding = Literal["same", "symmetric"]
-IDENTITY = nn.Identity()
 
 
 class Conv2d(nn.Conv2d):
@@ -158,7 +157,7 @@ class MBConv(Selective):
         return self.shortcut(x).permute(0, 2, 3, 1) + self.update(y.permute(0, 2, 3, 1))
 
     def _expanded(self, x: Tensor) -> Tensor:
-        return self.conv1(self.normed(self.pre_norm, IDENTITY, x))
+        return self.conv1(self.normed(self.pre_norm, gpu.IDENTITY, x))
 
     def _filtered(self, y: Tensor) -> Tensor:
         return self.conv2(self.normed(self.norm1, self.act, y))

@@ -2,6 +2,7 @@
 
 from maxattn.nn.gpu.layers import batch_norm_act, convolved, expanded, mlp, norm_linear, squeeze_excite_conv
 from maxattn.nn.gpu.serving import (
+    IDENTITY,
     name_of,
     serves_batch_norm,
     serves_depthwise,
@@ -13,6 +14,7 @@ from maxattn.nn.gpu.serving import (
 )
 
 __all__ = [
+    "IDENTITY",
     "batch_norm_act",
     "convolved",
     "expanded",

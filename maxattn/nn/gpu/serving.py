@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 DEVICES = frozenset({"cuda"})
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 IDENTITY = nn.Identity()
+"""The activation of a norm that has none."""
 MOST_CHANNELS = 4096
 """Of a LayerNorm, a program of which holds whole rows."""
 
